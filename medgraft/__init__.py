@@ -1,0 +1,75 @@
+"""medgraft: small trained parts grafted onto large frozen vision models.
+
+    backbone = medgraft.load_backbone("medgraft:starter-vit")
+    host = medgraft.Host(backbone)
+    host.add(medgraft.load_adapter("runs/polyp"), "polyp")
+    mask = host.predict("image.png", "polyp")
+
+Names are imported when they are first used, so that `import medgraft` costs little more than `import torch`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapters",
+    "Backbone": "backbones",
+    "Features": "backbones",
+    "Host": "adapters",
+    "MedgraftError": "errors",
+    "Preprocessing": "adapters",
+    "Task": "adapters",
+    "evaluate": "training.evaluate",
+    "export_peft": "adapters.peft",
+    "fit": "training.fit",
+    "import_peft": "adapters.peft",
+    "load_adapter": "adapters.hub",
+    "load_backbone": "backbones",
+    "load_dataset": "training.data",
+    "publish": "adapters.hub",
+    "save_adapter": "adapters.store",
+}
+
+__all__ = [
+    "Adapter",
+    "Backbone",
+    "Features",
+    "Host",
+    "MedgraftError",
+    "Preprocessing",
+    "Task",
+    "evaluate",
+    "export_peft",
+    "fit",
+    "import_peft",
+    "load_adapter",
+    "load_backbone",
+    "load_dataset",
+    "publish",
+    "save_adapter",
+]
+
+if TYPE_CHECKING:
+    from .adapters import Adapter, Host, Preprocessing, Task
+    from .adapters.hub import load_adapter, publish
+    from .adapters.peft import export_peft, import_peft
+    from .adapters.store import save_adapter
+    from .backbones import Backbone, Features, load_backbone
+    from .errors import MedgraftError
+    from .training.data import load_dataset
+    from .training.evaluate import evaluate
+    from .training.fit import fit
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'medgraft' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
