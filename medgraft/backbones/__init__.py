@@ -1,0 +1,8 @@
+"""Frozen models: sites, stages, fingerprints, and the registry of ids."""
+
+from .base import Backbone, Spec
+from .registry import FAMILIES, load_backbone
+from .sites import Site
+from .state import Features, State
+
+__all__ = ["FAMILIES", "Backbone", "Features", "Site", "Spec", "State", "load_backbone"]

@@ -1,0 +1,208 @@
+"""The frozen model: stem -> stage 1 .. stage N -> readout, stoppable after and resumable from any stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadCall
+from .identity import digest
+from .sites import Operation, Owner, Plan, Port, Site, following, install
+from .state import Features, State
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Facts of a loaded backbone.
+
+    id          : what `load_backbone` was asked for, without a local path.
+    fingerprint : see `identity.fingerprint`.
+    commit      : the hub commit that the tensors came from, where there is one.
+    random      : True when the weights are random; everything printed or saved says so.
+    image_size  : the side, in pixels, that the backbone was loaded for.
+    divisor     : sides must divide by this.
+    mean, std   : per channel, of inputs in [0, 1].
+    width       : channels of the last feature map.
+    widths, strides : channels and stride of every map that the readout gives.
+    """
+
+    id: str
+    family: str
+    fingerprint: str
+    random: bool
+    image_size: int
+    divisor: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    width: int
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    channels: int = 3
+    commit: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The id, with a warning where the weights are random."""
+        return f"{self.id} (random weights)" if self.random else self.id
+
+
+class Backbone(nn.Module):
+    """A frozen network with named sites. Always in eval mode, never requiring gradients.
+
+    A family implements `stem`, `stage`, `readout` and `_sites`; ports stand at every site from the start.
+    """
+
+    family: ClassVar[str] = ""
+
+    def __init__(self, network: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        self.owner = Owner()
+        self.sites: dict[str, Site] = {site.name: site for site in self._sites()}
+        # Inner modules first: a branch's port then shares the children that are ports already.
+        for site in sorted(self.sites.values(), key=lambda s: -s.path.count(".")):
+            if site.name == site.port and site.kind != "tokens":
+                install(network, site.path, site.port, self.owner)
+        self.requires_grad_(False)
+        self.eval()
+
+    # What a family says
+
+    depth: int
+    """The number of stages, N."""
+
+    def stem(self, x: Tensor) -> State:
+        """(B, C, H, W) -> the state before stage 1."""
+        raise NotImplementedError
+
+    def stage(self, state: State) -> State:
+        """The state one stage on."""
+        raise NotImplementedError
+
+    def readout(self, state: State) -> Features:
+        """The features of a state that has passed every stage."""
+        raise NotImplementedError
+
+    def _sites(self) -> list[Site]:
+        raise NotImplementedError
+
+    # What every backbone does
+
+    def run(self, x: Tensor | State, *, start: int | None = None, stop: int | None = None) -> Features | State:
+        """Run from an image batch (B, C, H, W) or from a state, to the features or, with `stop`, to the state after that stage.
+
+        `start`, where given, must be the stage at which the state stands: it is a check, not a choice.
+        Raises BadCall for another start, a stop that lies behind, or a batch that does not fit.
+        """
+        state = x if isinstance(x, State) else self.stem(self.checked(x))
+        if start is not None and start != state.stage:
+            raise BadCall(
+                f"asked to start at stage {start}, the state stands at stage {state.stage}; pass start={state.stage}"
+            )
+        last = self.depth if stop is None else stop
+        if not state.stage <= last <= self.depth:
+            raise BadCall(f"cannot stop after stage {last}: the state stands at {state.stage} of {self.depth} stages")
+        while state.stage < last:
+            state = self.stage(state)
+        return self.readout(state) if stop is None else state
+
+    def forward(self, x: Tensor) -> Features:
+        """(B, C, H, W) -> Features."""
+        features = self.run(x)
+        assert isinstance(features, Features)
+        return features
+
+    def checked(self, x: Tensor) -> Tensor:
+        """`x` as the stem wants it: (B, C, H, W), floating point, sides that fit, one channel repeated where three are needed."""
+        want = f"(B, {self.spec.channels}, H, W) with H and W divisible by {self.spec.divisor}"
+        if not isinstance(x, Tensor):
+            raise BadCall(f"{self.spec.id} wants a tensor {want}, got a {type(x).__name__}")
+        if x.ndim != 4 or not x.is_floating_point():
+            raise BadCall(f"{self.spec.id} wants a floating-point batch {want}, got {tuple(x.shape)} {x.dtype}")
+        if x.shape[1] == 1 and self.spec.channels == 3:
+            x = x.expand(-1, 3, -1, -1)
+        bad_side = x.shape[2] % self.spec.divisor or x.shape[3] % self.spec.divisor or not x.shape[2] or not x.shape[3]
+        if x.shape[1] != self.spec.channels or bad_side:
+            raise BadCall(f"{self.spec.id} wants {want}, got {tuple(x.shape)}; resize or pad the images first")
+        own = self._first_tensor
+        if x.device != own.device or (x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise BadCall(
+                f"{self.spec.id} computes in {own.dtype} on {own.device}, the batch is {x.dtype} on {x.device}; convert it with x.to(...)"
+            )
+        return x
+
+    @property
+    def _first_tensor(self) -> Tensor:
+        return next(self.network.parameters())
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in eval mode whatever is asked: a frozen network has no training behaviour."""
+        return super().train(False)
+
+    def digest(self) -> str:
+        """A hash of the live module's every tensor. Law 1: it never changes."""
+        return digest(self.network)
+
+    @property
+    def called(self) -> frozenset[str]:
+        """The ports that a forward really calls, seen on one small probe."""
+        return self._called
+
+    @cached_property
+    def _called(self) -> frozenset[str]:
+        seen: set[str] = set()
+
+        def seer(port: str) -> Operation:
+            def look(inner: Any, *args: Any, **kwargs: Any) -> Any:
+                seen.add(port)
+                return inner(*args, **kwargs)
+
+            return look
+
+        plan = Plan(self.owner, {site.port: seer(site.port) for site in self.sites.values()})
+        p = next(self.parameters())
+        side = self.probe_side
+        with torch.no_grad(), following(plan):
+            self.run(torch.zeros(1, self.spec.channels, side, side, device=p.device, dtype=p.dtype))
+        return frozenset(seen)
+
+    @property
+    def probe_side(self) -> int:
+        """A side, in pixels, that is cheap to run and legal."""
+        return self.spec.image_size
+
+    # Copies. A copy has ports and an owner of its own.
+
+    def trainable_copy(self) -> Backbone:
+        """A deep copy whose parameters require gradients, for recipes that train a network. `self` stays as it is."""
+        twin = copy.deepcopy(self)
+        twin.requires_grad_(True)
+        return twin
+
+    def plain_copy(self, stand_in: Callable[[str, nn.Module], nn.Module], *, share: bool) -> Backbone:
+        """A copy without ports: where a port of site `s` stood over `base` stands `stand_in(s, base)`.
+
+        With `share` the copy's tensors use the memory of the frozen ones, else copies of it. They are objects of their own all
+        the same, so that moving or casting the copy leaves this backbone where it is.
+        """
+        memo: dict[int, Any] = {}
+        if share:
+            memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.network.parameters()}
+            memo |= {id(b): b.detach() for b in self.network.buffers()}
+        twin = copy.deepcopy(self, memo)
+        for holder in list(twin.modules()):
+            for leaf, child in list(holder._modules.items()):
+                if isinstance(child, Port):
+                    holder._modules[leaf] = stand_in(child.site, child.__dict__["base"])
+        return twin
+
+    def extra_repr(self) -> str:
+        """Id, weights, fingerprint."""
+        return f"{self.spec.title}, fingerprint={self.spec.fingerprint[:12]}, sites={len(self.sites)}"
