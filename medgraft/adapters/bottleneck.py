@@ -1,0 +1,126 @@
+"""Bottleneck adapters on a transformer's branches.
+
+    sequential:  y = h + Wu GELU(Wd h + bd) + bu         h = branch(x): the branch's output, before the residual sum
+    parallel:    y = branch(x) + s (Wu ReLU(Wd x + bd) + bu)
+    form="paper" (sequential): y = Wu GELU(Wd h + bd) + bu, AViT's printed equation, which is not silent at birth
+
+Tensors of a site: `down.weight` (m, C), `down.bias`, `up.weight` (C, m), `up.bias`. Wu and bu start at zero.
+
+Source: AViT, Du et al. 2023, section 2 and the authors' code (inner skip, zero start, m = C / 4); AdaptFormer, Chen et al. 2022
+(arXiv:2205.13535) section 3.2 (parallel, m = 64, s = 0.1). In models with LayerScale the branch ends before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import stochastic_depth
+
+from ..backbones.base import Backbone
+from ..backbones.sites import Site
+from ..errors import BadCall
+from .part import Part, on_output, part, resolve, shapes
+from .task import Task
+
+TARGETS = ("*.attn", "*.mlp")
+
+
+class Pair(nn.Module):
+    """The two projections of one site."""
+
+    def __init__(self, width: int, middle: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, middle)
+        self.up = nn.Linear(middle, width)
+
+
+@part("bottleneck")
+class Bottleneck(Part):
+    """See the top of the file. `drop_path` is the rate at the last site, growing linearly from 0 at the first (training only)."""
+
+    acts_on = ("branch",)
+
+    def __init__(
+        self,
+        sites: Mapping[str, Sequence[int]],
+        middle: int | None = None,
+        parallel: bool = False,
+        scale: float = 1.0,
+        form: str = "code",
+        drop_path: float = 0.0,
+    ) -> None:
+        if form not in ("code", "paper") or (parallel and form == "paper"):
+            raise BadCall(
+                f"form must be 'code', or 'paper' for a sequential bottleneck; got form={form!r}, parallel={parallel}"
+            )
+        super().__init__(sites, middle=middle, parallel=parallel, scale=scale, form=form, drop_path=drop_path)
+        self.parallel, self.scale, self.form = parallel, scale, form
+        last = max(len(self.sites) - 1, 1)
+        by_depth = sorted(self.sites, key=_numbers)  # a file keeps its sites in another order
+        self.drop = {name: drop_path * i / last for i, name in enumerate(by_depth)}
+        for name, (_, width) in self.sites.items():
+            pair = Pair(width, middle or width // 4)
+            if parallel:
+                nn.init.kaiming_uniform_(pair.down.weight, a=5**0.5)
+            else:
+                nn.init.trunc_normal_(pair.down.weight, std=0.02)
+            nn.init.zeros_(pair.down.bias)
+            nn.init.zeros_(pair.up.bias)
+            if form == "code":
+                nn.init.zeros_(pair.up.weight)
+            else:
+                nn.init.trunc_normal_(pair.up.weight, std=0.02)
+            self.put(name, pair)
+
+    @classmethod
+    def on(
+        cls, backbone: Backbone, task: Task, *, targets: str | Sequence[str] = TARGETS, **options: Any
+    ) -> Bottleneck:
+        """A bottleneck at every branch that matches `targets`; `options` are the constructor's."""
+        return cls(shapes(resolve(cls, backbone, targets)), **options)
+
+    @property
+    def silent(self) -> bool:
+        """Yes, in the form of the code."""
+        return self.form == "code"
+
+    @property
+    def why_not_silent(self) -> str:
+        """The reason, for the printed equation."""
+        return (
+            ""
+            if self.silent
+            else "the paper's equation has no inner skip: the branch's output passes through drawn weights"
+        )
+
+    def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """At a branch: x is its input (normed), the result is what the residual sum gets."""
+        (site,) = sites
+        pair = self.cell(site)
+        out = inner(x, *args, **kwargs)
+        rate = self.drop[site.name]
+
+        def change(h: Tensor) -> Tensor:
+            if self.parallel:
+                y = h + self.scale * _linear(pair.up, functional.relu(_linear(pair.down, x)))
+            else:
+                low = _linear(pair.up, functional.gelu(_linear(pair.down, h)))
+                y = h + self.scale * low if self.form == "code" else low
+            if self.training and rate and not site.folded:
+                return stochastic_depth(y, rate, "row")
+            return y
+
+        return on_output(out, change)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer` in x's dtype: trained in float32, deployed on a half-precision backbone."""
+    return functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _numbers(site: str) -> list[str]:
+    """A sorting key by which `blocks.2` stands before `blocks.10`."""
+    return [f"{int(piece):06d}" if piece.isdecimal() else piece for piece in site.split(".")]

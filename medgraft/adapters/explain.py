@@ -1,0 +1,109 @@
+"""A dry run: what an adapter would touch, cost and allow on a backbone, without training anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..errors import MedgraftError
+from .adapter import Adapter
+from .graft import Graft
+from .host import Host
+from .peft import why_not_exportable
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """One part: its kind, the sites that it hits, its parameters, and what it says of itself."""
+
+    name: str
+    kind: str
+    sites: tuple[str, ...]
+    parameters: int
+    silent: bool
+    note: str
+    foldable: bool
+    mixable: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """See `explain`. Sizes in bytes; `activations` for one image, kept for the backward pass."""
+
+    backbone: str
+    size: int
+    parts: tuple[PartFacts, ...]
+    trainable: int
+    bytes: dict[str, int]
+    activations: int
+    first_stage: int
+    depth: int
+    mixable: bool
+    foldable: bool
+    not_for_peft: str | None
+
+
+def explain(adapter: Adapter, backbone: Backbone) -> Facts:
+    """Which sites `adapter` hits on `backbone`, what it costs, and whether it folds, mixes and exports to plain peft.
+
+    The activation memory is measured: one forward pass of one image, counting every tensor that autograd keeps. Raises what
+    `Host.add` would raise.
+    """
+    graft = Graft.of(backbone, adapter)
+    size = adapter.preprocessing.size
+    parts = tuple(
+        PartFacts(
+            name,
+            p.kind,
+            tuple(p.sites),
+            sum(t.numel() for t in p.parameters()),
+            p.silent,
+            p.why_not_silent,
+            p.foldable,
+            p.mixable,
+        )
+        for name, p in adapter.named_parts()
+    )
+    entries = sum(t.numel() for t in adapter.tensors().values())
+    try:
+        not_for_peft = why_not_exportable(adapter)
+    except MedgraftError as reason:
+        not_for_peft = str(reason)
+    site_parts = [f for f in parts if f.sites]
+    return Facts(
+        backbone=backbone.spec.title,
+        size=size,
+        parts=parts,
+        trainable=adapter.trainable,
+        bytes={"float16": 2 * entries, "float32": 4 * entries},
+        activations=kept_for_backward(adapter, backbone, size),
+        first_stage=graft.first,
+        depth=backbone.depth,
+        mixable=graft.mixable,
+        foldable=all(f.foldable for f in site_parts),
+        not_for_peft=not_for_peft,
+    )
+
+
+def kept_for_backward(adapter: Adapter, backbone: Backbone, size: int) -> int:
+    """Bytes that autograd keeps for one image of `size` pixels, parameters not counted."""
+    known = {t.untyped_storage().data_ptr() for t in [*backbone.parameters(), *adapter.parameters()]}
+    kept: dict[int, int] = {}
+
+    def count(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    host = Host(backbone)
+    host.add(adapter, "explained", allow_mismatch=True)
+    p = next(backbone.parameters())
+    x: Any = torch.zeros(1, backbone.spec.channels, size, size, device=p.device, dtype=p.dtype)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        host(x, "explained")
+    return sum(kept.values())

@@ -1,0 +1,97 @@
+"""Scale and shift of features (SSF).
+
+    y = g * f(x) + d      g, d (out,), one pair for each output channel of the frozen layer f; g = 1, d = 0 at the start
+
+Linear, norm and branch outputs have their channels last, convolutions have them second. Folds exactly into linear layers and norms.
+
+Source: Lian et al. 2022 (arXiv:2210.08823) section 3.2; the authors draw g and d around 1 and 0, here they start exactly there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.base import Backbone
+from ..backbones.sites import Site
+from .part import Part, on_output, part, resolve, shapes
+from .task import Task
+
+TARGETS = ("*.norm1", "*.norm2", "*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2", "norm")
+
+
+class Affine(nn.Module):
+    """Scale and shift of one site."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+
+
+@part("scale_shift")
+class ScaleShift(Part):
+    """See the top of the file."""
+
+    acts_on = ("linear", "norm", "branch", "conv")
+
+    def __init__(self, sites: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(sites)
+        for name, (_, width) in self.sites.items():
+            self.put(name, Affine(width))
+
+    @classmethod
+    def on(cls, backbone: Backbone, task: Task, *, targets: str | Sequence[str] = TARGETS) -> ScaleShift:
+        """A pair at every site that matches. Of the default targets, those that the backbone lacks are passed over."""
+        if targets is TARGETS:
+            from fnmatch import fnmatchcase
+
+            fused = any(name.endswith(".attn.qkv") for name in backbone.sites)
+            wanted = (
+                TARGETS
+                if fused
+                else (*(t for t in TARGETS if not t.endswith("qkv")), "*.attn.q", "*.attn.k", "*.attn.v")
+            )
+            targets = [t for t in wanted if any(fnmatchcase(name, t) for name in backbone.sites)]
+        return cls(shapes(resolve(cls, backbone, targets)))
+
+    @property
+    def foldable(self) -> bool:
+        """Into linear layers and norms; a branch keeps a small module behind it."""
+        return True
+
+    def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The frozen output, scaled and shifted."""
+        out = inner(*args, **kwargs)
+        for site in sites:
+            out = on_output(out, partial(self._affine, site))
+        return out
+
+    def _affine(self, site: Site, y: Tensor) -> Tensor:
+        scale, shift = self.cell(site).scale.to(y.dtype), self.cell(site).shift.to(y.dtype)
+        if site.kind == "conv":
+            scale, shift = (t.view(-1, *([1] * (y.ndim - 2))) for t in (scale, shift))
+        if site.span is None:
+            return y * scale + shift
+        start, stop = site.span
+        return torch.cat([y[..., :start], y[..., start:stop] * scale + shift, y[..., stop:]], -1)
+
+    def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:
+        """g W and g b + d in a new layer of the same class."""
+        if not isinstance(base, nn.Linear | nn.LayerNorm):
+            raise TypeError(f"{type(base).__name__} has no weights to fold into")
+        plain = copy.deepcopy(base)
+        rows_of: Any = plain.weight
+        with torch.no_grad():
+            if plain.bias is None:
+                plain.bias = nn.Parameter(torch.zeros_like(rows_of[..., 0] if rows_of.ndim > 1 else rows_of))
+            for site in sites:
+                cell, rows = self.cell(site), slice(*(site.span or (0, rows_of.shape[0])))
+                rows_of[rows] *= cell.scale.to(rows_of.dtype).view(-1, *([1] * (rows_of.ndim - 1)))
+                plain.bias[rows] = plain.bias[rows] * cell.scale.to(rows_of.dtype) + cell.shift.to(rows_of.dtype)
+        return plain.requires_grad_(False)
