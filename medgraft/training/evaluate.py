@@ -1,0 +1,94 @@
+"""Scores of an adapter on a data set: image by image, in the images' own sizes, with intervals over images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters import Host, store
+from ..errors import BadCall, BadData
+from .items import Dataset
+from .metrics import accuracy, auc, balanced_accuracy, bootstrap_interval, dice, iou, summarise
+
+
+def evaluate(host: Host, name: str, dataset: Dataset, split: str = "test") -> dict[str, Any]:
+    """Predict every item of `split` and compare.
+
+    Segmentation: `dice`, `iou` (means over images of the mean over classes), `interval` (95 %, of Dice), `per_image`, `classes`, `n`.
+    Classification: `accuracy`, `balanced_accuracy`, `auc`, `interval` (of the accuracy), `per_image`, `n`.
+    Raises BadData for an empty split, BadCall where the data set's classes are not the adapter's.
+    """
+    task = host.adapters[name].task
+    items = dataset.split(split)
+    if not items:
+        raise BadData(f"{dataset.name!r} has no items in split {split!r}; splits are train, val and test")
+    if task.kind == "classify":
+        return _classify(host, name, dataset, split)
+    own = [dataset.classes[v] for v in sorted(dataset.classes) if v]
+    if list(task.classes) != own:
+        raise BadCall(
+            f"the adapter segments {', '.join(task.classes)}; {dataset.name!r} was loaded with {', '.join(own)}. Choose --classes {','.join(task.classes)}"
+        )
+    overlap, union, per_image = [], [], []
+    for item in items:
+        truth = dataset.mask(item)
+        indices = _indices(host.predict(dataset.image(item), name), task.values)
+        drawn = np.array(dataset.annotated(item))  # a class that nobody drew on this image is not scored
+        overlap.append(np.where(drawn, dice(indices, truth, len(task.classes)), np.nan))
+        union.append(np.where(drawn, iou(indices, truth, len(task.classes)), np.nan))
+        scores = {c: None if np.isnan(d) else float(d) for c, d in zip(task.classes, overlap[-1], strict=True)}
+        per_image.append({"id": item.id, "dice": scores, "domain": item.domain})
+    scored = summarise(overlap, task.classes)
+    return {
+        "task": "segment",
+        "dataset": dataset.name,
+        "split": split,
+        "n": len(items),
+        "dice": scored["mean"],
+        "interval": [scored["low"], scored["high"]],
+        "level": 0.95,
+        "iou": summarise(union, task.classes)["mean"],
+        "classes": scored["classes"],
+        "per_image": per_image,
+    }
+
+
+def _indices(labels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
+    table = np.zeros(256, dtype=np.int64)
+    table[list(values)] = np.arange(1, len(values) + 1)
+    return table[labels]
+
+
+def _classify(host: Host, name: str, dataset: Dataset, split: str) -> dict[str, Any]:
+    task = host.adapters[name].task
+    if tuple(dataset.label_names) != task.classes:
+        raise BadCall(
+            f"the adapter tells {', '.join(task.classes)} apart; {dataset.name!r} has {', '.join(dataset.label_names) or 'no labels'}"
+        )
+    items = [i for i in dataset.split(split) if i.label is not None]
+    scores = np.array([[*host.predict(dataset.image(item), name).values()] for item in items])
+    truth = np.array([item.label for item in items])
+    decided = scores.argmax(1)
+    return {
+        "task": "classify",
+        "dataset": dataset.name,
+        "split": split,
+        "n": len(items),
+        "accuracy": accuracy(truth, decided),
+        "balanced_accuracy": balanced_accuracy(truth, decided),
+        "auc": auc(truth, scores),
+        "level": 0.95,
+        "interval": list(bootstrap_interval((truth == decided).astype(float))),
+        "per_image": [
+            {"id": i.id, "label": task.classes[t], "predicted": task.classes[p]}
+            for i, t, p in zip(items, truth, decided, strict=True)
+        ],
+    }
+
+
+def record_score(directory: Path, result: dict[str, Any]) -> None:
+    """Keep a result's summary (no item ids) in the adapter's own description, in the place of one of the same set and split."""
+    entry = {k: v for k, v in result.items() if k != "per_image"}
+    store.record_evaluation(directory, entry)

@@ -1,0 +1,52 @@
+"""From a directory or a hub id to a host that can answer: adapters and trained networks alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..adapters import Adapter, Host
+from ..adapters.hub import load_adapter
+from ..backbones import load_backbone
+from ..errors import BadCall
+from .network import is_network, load_network
+
+NAME = "adapter"
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises BadCall for a name that torch does not know."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as refused:
+        raise BadCall(
+            f"device {device!r} is not to be had here ({str(refused).splitlines()[0]}); use auto or cpu"
+        ) from None
+
+
+def open_model(
+    source: str,
+    *,
+    backbone: str | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    allow_mismatch: bool = False,
+) -> tuple[Host, Adapter]:
+    """A host with the adapter of `source` resident as `NAME`, on its own backbone or on the one named.
+
+    A directory that holds a whole network is opened with its own weights.
+    """
+    where = choose_device(device)
+    if is_network(Path(source)):
+        if backbone is not None:
+            raise BadCall(f"{source} is a network with weights of its own; leave --backbone away")
+        frozen, adapter = load_network(Path(source))
+    else:
+        adapter = load_adapter(source, revision=revision)
+        frozen = load_backbone(backbone or adapter.backbone.id, image_size=adapter.preprocessing.size)
+    host = Host(frozen.to(where))
+    host.add(adapter, NAME, allow_mismatch=allow_mismatch)
+    return host.eval(), adapter  # type: ignore[return-value]
