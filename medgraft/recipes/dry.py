@@ -1,0 +1,59 @@
+"""A recipe's parts without data and without training, for `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..adapters import Adapter, Part, Task
+from ..backbones import Backbone
+from ..training.data import Item
+from ..training.fit import FitOptions
+from .registry import find_recipe
+from .run import Run
+
+
+class DryRun(Run):
+    """A run that stops where training would begin and keeps the parts."""
+
+    caught: Mapping[str, Part]
+    network: Backbone | None
+
+    @cached_property
+    def goal(self) -> Task:
+        """One foreground class."""
+        return Task("segment", ("target",))
+
+    @cached_property
+    def support(self) -> list[Item]:
+        """Nothing."""
+        return []
+
+    def train(
+        self,
+        recipe: str,
+        parts: Mapping[str, Part],
+        options: FitOptions,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        network: Backbone | None = None,
+    ) -> dict[str, Any]:
+        """Keep the parts."""
+        self.__dict__["caught"], self.__dict__["network"] = parts, network
+        return {}
+
+
+def dry_adapter(name: str, *, backbone: str | None = None, image_size: int | None = None) -> tuple[Adapter, Backbone]:
+    """The fresh adapter of a recipe at its defaults, and the backbone (for a baseline that trains a network: its trainable copy)."""
+    recipe = find_recipe(name)
+    defaults = {**recipe.defaults, "steps": 1}
+    if backbone is not None:
+        defaults["backbone"] = backbone
+    if image_size is not None:
+        defaults["image_size"] = image_size
+    run = DryRun(data=Path(), out=Path(), **defaults)
+    recipe.program(run)
+    frozen = run.network or run.frozen
+    return Adapter.of(frozen, run.goal, run.caught), frozen
