@@ -114,18 +114,47 @@ def stands(directory: Path, *, patience: float = 2.0) -> bool:
 
 
 def read_together(
-    directory: Path, limits: Mapping[str, int], optional: Mapping[str, int] | None = None
+    directory: Path, limits: Mapping[str, int], optional: Mapping[str, int] | None = None, *, patience: float = 30.0
 ) -> dict[str, bytes]:
     """The bytes of several files of one directory, from one and the same version of it.
 
-    `limits` maps file names to the most bytes that are read; those of `optional` may be missing. A directory replaced while
-    it is read is read again. Raises BadAdapter for a missing directory or file, anything but a plain file, or one over its limit.
+    `limits` maps file names to the most bytes that are read; those of `optional` may be missing. Every file is opened before any is
+    read: an open file outlives the directory that it stood in. A directory that is replaced meanwhile is opened again, for up to
+    `patience` seconds. Raises BadAdapter for a missing directory or file, anything but a plain file, or one over its limit.
     """
-    for attempt in range(20):
+    end = time.monotonic() + patience
+    while True:
+        handle = _open_directory(directory, end)
         try:
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.ExitStack() as opened:
+                files = {name: _open(handle, name, opened, directory) for name in limits}
+                for name in optional or {}:
+                    with contextlib.suppress(_Missing):
+                        files[name] = _open(handle, name, opened, directory)
+                if len(files) < len(limits) + len(optional or {}) and not _same(handle, directory):
+                    raise _Missing  # perhaps it was there, and is gone with its directory
+                most = {**limits, **(optional or {})}
+                return {name: _read(file, directory / name, most[name]) for name, file in files.items()}
+        except _Missing as missing:
+            if _same(handle, directory):
+                raise BadAdapter(f"{directory} has no {missing}; it holds: {_listing(directory)}") from None
+            if time.monotonic() > end:
+                raise BadAdapter(f"{directory} was replaced again and again for {patience:g} s; try once more") from None
+        finally:
+            os.close(handle)
+
+
+class _Missing(Exception):
+    """A file that is not there, by its name."""
+
+
+def _open_directory(directory: Path, end: float) -> int:
+    """A handle. A directory that is just being replaced is waited for until `end`."""
+    while True:
+        try:
+            return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except (OSError, ValueError) as refused:
-            if attempt < 10 and isinstance(refused, FileNotFoundError) and stands(directory):
+            if isinstance(refused, FileNotFoundError) and stands(directory) and time.monotonic() < end:
                 continue
             kinds: dict[type[Exception], str] = {
                 FileNotFoundError: "there is none",
@@ -135,46 +164,34 @@ def read_together(
             raise BadAdapter(
                 f"asked for the adapter directory {directory}: {found}; give a directory that holds adapter.json"
             ) from None
-        try:
-            read = {name: _read(handle, name, limit, directory) for name, limit in limits.items()}
-            for name, limit in (optional or {}).items():
-                try:
-                    read[name] = _read(handle, name, limit, directory)
-                except FileNotFoundError:
-                    if not _same(handle, directory):
-                        raise
-            return read
-        except FileNotFoundError as missing:
-            if _same(handle, directory):
-                raise BadAdapter(f"{directory} has no {missing.filename}; it holds: {_listing(directory)}") from None
-        finally:
-            os.close(handle)
-    raise BadAdapter(f"{directory} is being replaced again and again; try once more")
 
 
-def _read(handle: int, name: str, limit: int, directory: Path) -> bytes:
+def _open(handle: int, name: str, opened: contextlib.ExitStack, directory: Path) -> int:
     try:
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)  # a pipe must not hold us up
     except FileNotFoundError:
-        raise
+        raise _Missing(name) from None
     except OSError as refused:
         raise BadAdapter(
             f"{directory / name} cannot be read: {refused.strerror}; a plain file is wanted, no link"
         ) from None
+    opened.callback(os.close, file)
+    return file
+
+
+def _read(file: int, path: Path, limit: int) -> bytes:
     try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
-            raise BadAdapter(f"{directory / name} is not a plain file and is not read")
+            raise BadAdapter(f"{path} is not a plain file and is not read")
         if found.st_size > limit:
-            raise BadAdapter(f"{directory / name} is {found.st_size:,} bytes; at most {limit:,} are read")
+            raise BadAdapter(f"{path} is {found.st_size:,} bytes; at most {limit:,} are read")
         with os.fdopen(os.dup(file), "rb") as stream:
             return stream.read(limit + 1)
     except (OSError, MemoryError) as refused:
         raise BadAdapter(
-            f"{directory / name} cannot be read ({refused or type(refused).__name__}); fetch the adapter again"
+            f"{path} cannot be read ({refused or type(refused).__name__}); fetch the adapter again"
         ) from None
-    finally:
-        os.close(file)
 
 
 def _same(handle: int, directory: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import contextlib
 import errno
 import os
 import resource
@@ -306,29 +307,49 @@ def test_writers_of_one_directory_do_not_hurt_each_other(vit: Backbone, tmp_path
 def test_a_reader_in_the_middle_of_a_replacement_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first file is of the old version, then the old version is gone: both are read again."""
     put(tmp_path / "a", "old")
+    plain, opens = files_module._open, []
+
+    def open_it(handle: int, name: str, opened: contextlib.ExitStack, directory: Path) -> int:
+        if len(opens) == 1:
+            put(tmp_path / "a", "new")
+        opens.append(name)
+        return plain(handle, name, opened, directory)
+
+    monkeypatch.setattr(files_module, "_open", open_it)
+    assert look(tmp_path / "a") == "new"
+    assert opens == ["one", "two", "one", "two"]
+
+
+def test_files_once_open_are_read_whatever_becomes_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "a", "old")
     plain, reads = files_module._read, []
 
-    def read(handle: int, name: str, limit: int, directory: Path) -> bytes:
-        if len(reads) == 1:
-            put(tmp_path / "a", "new")
-        reads.append(name)
-        return plain(handle, name, limit, directory)
+    def read(file: int, path: Path, limit: int) -> bytes:
+        put(tmp_path / "a", "new")
+        reads.append(path.name)
+        return plain(file, path, limit)
 
     monkeypatch.setattr(files_module, "_read", read)
-    assert look(tmp_path / "a") == "new"
-    assert reads == ["one", "two", "one", "two"]
+    assert look(tmp_path / "a") == "old"
+    assert reads == ["one", "two"]
 
 
 def test_a_directory_that_never_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a", "old")
 
-    def read(handle: int, name: str, limit: int, directory: Path) -> bytes:
-        put(tmp_path / "a", "new")
-        raise FileNotFoundError(errno.ENOENT, "gone", name)
+    plain, opens = files_module._open, []
 
-    monkeypatch.setattr(files_module, "_read", read)
+    def open_it(handle: int, name: str, opened: contextlib.ExitStack, directory: Path) -> int:
+        opens.append(name)
+        put(tmp_path / "a", "new")
+        return plain(handle, name, opened, directory)
+
+    monkeypatch.setattr(files_module, "_open", open_it)
     with pytest.raises(BadAdapter, match="replaced again and again"):
-        look(tmp_path / "a")
+        read_together(tmp_path / "a", {"one": 100}, patience=0.2)
+    assert len(opens) > 1
 
 
 def test_no_handle_is_left_open(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_two_publishers_and_ten_readers(hf_vit: Backbone, tmp_path: Path) -> Non
     target = f"file:{tmp_path}/reg/lab/polyp"
     hub.publish(sources[0], target)
     context = multiprocessing.get_context("fork")
-    publishers = [context.Process(target=_publish_often, args=(sources, target, 1000, seed)) for seed in range(2)]
+    publishers = [context.Process(target=_publish_often, args=(sources, target, 10**6, seed)) for seed in range(2)]
     seen: list[int] = []
     broken: list[BaseException] = []
     lock = threading.Lock()
