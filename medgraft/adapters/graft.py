@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..backbones.base import Backbone
 from ..backbones.sites import Operation, Plan, Site, first_stage
 from ..backbones.state import Features
+from ..backbones.weights import Weights
 from ..errors import BadCall, WrongBackbone, unknown
 from .adapter import Adapter
 from .lora import LoRA
@@ -61,7 +62,8 @@ class Graft:
     def mixable(self) -> bool:
         """True when rows of this adapter can share a call with rows of others, in the mode in which it is now."""
         return all(
-            len(acts) == 1 and isinstance(acts[0][0], LoRA) and acts[0][0].mixable for acts in self.ports.values()
+            len(acts) == 1 and isinstance(acts[0][0], LoRA) and acts[0][0].mixable and acts[0][1][0].kind == "linear"
+            for acts in self.ports.values()
         )
 
     def read(self, features: Features, image: Tensor) -> Tensor:
@@ -160,8 +162,8 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits."""
-        x = self.backbone.checked(x)
-        return self._graft.read(self.backbone(x), x)
+        x, n = self.backbone.checked(x), self.backbone.rows_at_once or max(x.shape[0], 1)
+        return torch.cat([self._graft.read(self.backbone(some), some) for some in x.split(n)])
 
 
 class Fixed(Plain):
@@ -207,7 +209,7 @@ def folded(backbone: Backbone, adapter: Adapter) -> Plain:
     def stand_in(port: str, base: nn.Module) -> nn.Module:
         rest: Acts = []
         for part, sites in graft.ports.get(port, []):
-            if part.foldable and not rest and isinstance(base, nn.Linear | nn.LayerNorm):
+            if part.foldable and not rest and isinstance(base, nn.Linear | nn.LayerNorm | Weights):
                 base = part.fold(sites, base)
             else:
                 rest.append((part, sites))

@@ -11,6 +11,7 @@ Source: Hu et al. 2021 (arXiv:2106.09685) section 4.1; rsLoRA: Kalajdzievski 202
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Site, add_to_span
+from ..backbones.weights import Weights
 from ..errors import BadCall
 from ..kernels import dora_gain, lora_linear, mixed_lora_linear
 from .part import Part, part, resolve, shapes
@@ -44,7 +46,7 @@ class Factors(nn.Module):
 class LoRA(Part):
     """See the top of the file."""
 
-    acts_on = ("linear",)
+    acts_on = ("linear", "weights")
 
     def __init__(
         self,
@@ -84,7 +86,10 @@ class LoRA(Part):
         return self.dora
 
     def check(self, backbone: Backbone) -> None:
-        """DoRA's sites may not overlap: each norm is taken of the frozen rows."""
+        """DoRA's sites may not overlap: each norm is taken of the frozen rows. It and dropout need a linear layer."""
+        kernels = [name for name in self.sites if backbone.sites[name].kind == "weights"]
+        if kernels and (self.dora or self.dropout):
+            raise BadCall(f"{kernels[0]} of {backbone.spec.id} hands its weights out; LoRA acts there without dora and without dropout")
         whole = [name for name in self.sites if backbone.sites[name].span is None] if self.dora else []
         for name in self.sites:
             port = backbone.sites[name].port
@@ -93,8 +98,21 @@ class LoRA(Part):
                     f"DoRA at {name} and at {port} of {backbone.spec.id} would change the same rows twice; choose one of them"
                 )
 
-    def act(self, sites: tuple[Site, ...], inner: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+    def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], *inputs: Tensor) -> Any:
+        """(..., in) -> (..., out); at a `weights` site, the effective (weight, bias)."""
+        if not inputs:
+            return self._effective(sites, inner)
+        return self._forward(sites, inner, *inputs)
+
+    def _effective(self, sites: tuple[Site, ...], inner: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """W + s B A with the kernel's taps as inputs: A (r, in k k), B (out, r)."""
+        weight, bias = inner()
+        for site in sites:
+            cell = self.cell(site)
+            weight = weight + self.scale * (cell.B @ cell.A).to(weight.dtype).view_as(weight)
+        return weight, bias
+
+    def _forward(self, sites: tuple[Site, ...], inner: Callable[..., Tensor], x: Tensor) -> Tensor:
         if self.dora:
             return self._dora(sites, inner, x)
         dropped = self.training and self.dropout > 0
@@ -138,8 +156,13 @@ class LoRA(Part):
         factors = [(*lora.stacked(sites, y.shape[-1]), lora.scale) for lora, sites in slots]
         return mixed_lora_linear(x, y, factors, ids)
 
-    def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Linear:
+    def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:
         """W + s B A (rescaled for DoRA) in a new layer, summed in float32 or wider, stored in W's dtype."""
+        if isinstance(base, Weights):
+            twin = copy.deepcopy(base)
+            with torch.no_grad():
+                twin.weight.copy_(self._effective(sites, lambda: (base.weight.double(), base.bias))[0])
+            return twin.requires_grad_(False)
         assert isinstance(base, nn.Linear)
         plain = nn.utils.skip_init(
             nn.Linear,
@@ -163,3 +186,56 @@ class LoRA(Part):
             if base.bias is not None:
                 plain.bias.copy_(base.bias)
         return plain.requires_grad_(False)
+
+    @property
+    def why_no_soup(self) -> str:
+        """The reason, for DoRA."""
+        return "DoRA rescales each row by its own norm, and a mean of such rows is no DoRA" if self.dora else ""
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """The sites. Ranks and scales may differ."""
+        return {"sites": self.sites, "dora": self.dora}
+
+    @classmethod
+    def soup(cls, parts: Sequence[LoRA], weights: Sequence[float]) -> LoRA:
+        """The mean of the products, exactly: s B A = sum_i w_i s_i B_i A_i with the factors stacked, rank = sum of ranks.
+
+        s is the largest w_i s_i and B_i is multiplied by w_i s_i / s, so factors of equal weight and scale keep their bits. The mean of
+        the factors would be another function: it also multiplies one member's A by another's B.
+        """
+        scales = [w * p.scale for w, p in zip(weights, parts, strict=True)]
+        scale = max(scales, key=abs) or 1.0
+        a = {site: torch.cat([p.cell(site).A for p in parts]) for site in parts[0].sites}
+        b = {site: [f / scale * p.cell(site).B.double() for f, p in zip(scales, parts, strict=True)] for site in a}
+        return cls._of({site: (a[site], torch.cat(b[site], 1)) for site in a}, scale, parts[0])
+
+    def truncated(self, rank: int) -> tuple[LoRA, dict[str, float]]:
+        """The best approximation of at most `rank` at every site, and by site its error |P - P'| / |P| (Frobenius), P = s B A.
+
+        P is not formed: with B = Q R and A^T = Q' R', the singular values of P are those of R R'^T, which is no larger than the rank.
+        Source: Eckart and Young 1936.
+        """
+        factors, errors = {}, {}
+        for site in self.sites:
+            a, b = self.cell(site).A.detach().double(), self.cell(site).B.detach().double()
+            (q, r), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.t())
+            u, sigma, vh = torch.linalg.svd(r @ r2.t(), full_matrices=False)
+            root = sigma[:rank].sqrt()
+            fill = (0, 0, 0, max(rank - len(root), 0))  # a site narrower than the rank
+            kept_a = functional.pad(root[:, None] * (vh[:rank] @ q2.t()), fill)
+            kept_b = functional.pad(root[:, None] * (q @ u[:, :rank]).t(), fill).t()
+            factors[site] = (kept_a, kept_b)
+            errors[site] = float(sigma[rank:].norm() / sigma.norm()) if sigma.any() else 0.0
+        return self._of(factors, self.scale, self), errors
+
+    @classmethod
+    def _of(cls, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float, like: LoRA) -> LoRA:
+        """LoRA of scale `scale` with these A (R, in) and B (out, R) at the sites of `like`, in its dtype."""
+        rank = next((len(a) for a, _ in factors.values()), 1)
+        with torch.device("meta"):  # nothing is drawn
+            made = cls(like.sites, rank=rank, alpha=scale * rank, dropout=like.dropout)
+        for site, (a, b) in factors.items():
+            was, cell = like.cell(site).A, made.cell(site)
+            cell.A, cell.B = nn.Parameter(a.detach().to(was)), nn.Parameter(b.detach().to(was).contiguous())
+        return made

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Site
+from ..backbones.weights import Weights
 from .part import Part, on_output, part, resolve, shapes
 from .task import Task
 
@@ -38,7 +39,7 @@ class Affine(nn.Module):
 class ScaleShift(Part):
     """See the top of the file."""
 
-    acts_on = ("linear", "norm", "branch", "conv")
+    acts_on = ("linear", "norm", "branch", "conv", "weights")
 
     def __init__(self, sites: Mapping[str, Sequence[int]]) -> None:
         super().__init__(sites)
@@ -68,9 +69,18 @@ class ScaleShift(Part):
     def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The frozen output, scaled and shifted."""
         out = inner(*args, **kwargs)
+        if sites[0].kind == "weights":
+            return self._effective(sites, *out)
         for site in sites:
             out = on_output(out, partial(self._affine, site))
         return out
+
+    def _effective(self, sites: tuple[Site, ...], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(g W, g b + d): scaling and shifting a convolution's output by its tensors."""
+        for site in sites:
+            scale, shift = self.cell(site).scale.to(weight.dtype), self.cell(site).shift.to(weight.dtype)
+            weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+        return weight, bias
 
     def _affine(self, site: Site, y: Tensor) -> Tensor:
         scale, shift = self.cell(site).scale.to(y.dtype), self.cell(site).shift.to(y.dtype)
@@ -83,7 +93,7 @@ class ScaleShift(Part):
 
     def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:
         """g W and g b + d in a new layer of the same class."""
-        if not isinstance(base, nn.Linear | nn.LayerNorm):
+        if not isinstance(base, nn.Linear | nn.LayerNorm | Weights):
             raise TypeError(f"{type(base).__name__} has no weights to fold into")
         plain = copy.deepcopy(base)
         rows_of: Any = plain.weight

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Site
+from ..backbones.weights import Weights
 from ..errors import BadCall
 from .part import Part, part, resolve, shapes
 from .task import Task
@@ -37,7 +38,7 @@ class Copies(nn.Module):
 class Tuned(Part):
     """See the top of the file. `tensors` maps each site to the names and shapes of what is copied."""
 
-    acts_on = ("norm", "linear", "conv")
+    acts_on = ("norm", "linear", "conv", "weights")
     innermost = True
 
     def __init__(self, sites: Mapping[str, Sequence[int]], tensors: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -113,6 +114,9 @@ class Tuned(Part):
         """The frozen layer's function with the copies in the place of its tensors."""
         own: dict[str, Tensor] = dict(self.cell(sites[0]).named_parameters())
         own |= dict(self.cell(sites[0]).named_buffers())
+        if isinstance(inner, Weights):
+            weight, bias = own.get("weight", inner.weight), own.get("bias", inner.bias)
+            return weight.to(inner.weight.dtype), bias.to(inner.bias.dtype)
         first = args[0]
         own = {name: t.to(first.dtype) for name, t in own.items()}
         if type(inner) is nn.Linear:

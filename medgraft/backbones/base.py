@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         self.sites: dict[str, Site] = {site.name: site for site in self._sites()}
         # Inner modules first: a branch's port then shares the children that are ports already.
         for site in sorted(self.sites.values(), key=lambda s: -s.path.count(".")):
-            if site.name == site.port and site.kind != "tokens":
+            if site.name == site.port and site.path:
                 install(network, site.path, site.port, self.owner)
         self.requires_grad_(False)
         self.eval()
@@ -77,6 +77,9 @@ class Backbone(nn.Module):
 
     depth: int
     """The number of stages, N."""
+
+    rows_at_once: ClassVar[int | None] = None
+    """Rows of a batch that an adapter's stages are run for at a time, where a family's activations a row are large; None: all."""
 
     def stem(self, x: Tensor) -> State:
         """(B, C, H, W) -> the state before stage 1."""

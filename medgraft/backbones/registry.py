@@ -7,12 +7,13 @@ timm:vit_base_patch16_224@file       weights from a file
 hf:facebook/dinov2-base              a transformers checkpoint, by its model_type
 random:timm:vit_tiny_patch16_224?seed=3
 medgraft:starter-vit                 ships with the package
+universeg:PATH                       the authors' checkpoint, or one of other widths; random:universeg?widths=16,16
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +23,7 @@ from urllib.parse import parse_qsl
 from torch import Tensor, nn
 
 from ..errors import BadCall, BadData, unknown
-from . import timm_source
+from . import timm_source, universeg_source
 from .base import Backbone, Spec
 from .hf_vit import MODEL_TYPES, HfViT
 from .identity import fingerprint, redraw
@@ -51,7 +52,7 @@ class BackboneId:
 
     def __str__(self) -> str:
         query = "?" + "&".join(f"{k}={v}" for k, v in self.options) if self.options else ""
-        return f"{'random:' if self.random else ''}{self.family}:{self.name}{query}"
+        return f"{'random:' if self.random else ''}{self.family}{':' if self.name else ''}{self.name}{query}"
 
     def seed(self) -> int:
         """The seed that random weights are drawn from (0 unless `?seed=` says otherwise)."""
@@ -63,6 +64,8 @@ class BackboneId:
 
 Loader = Callable[[BackboneId, int | None], Backbone]
 FAMILIES: dict[str, Loader] = {}
+SINGLE = ("universeg",)
+"""Families of one architecture, which needs no name where it is random: `random:universeg`."""
 
 
 def family(name: str) -> Callable[[Loader], Loader]:
@@ -82,9 +85,10 @@ def parse(id: str) -> BackboneId:
     head, at, path = id.partition("@")
     is_random = head.startswith("random:")
     head = head.removeprefix("random:")
-    kind, colon, rest = head.partition(":")
-    name, _, query = rest.partition("?")
-    if not colon or not name or (at and not path):
+    path_less, _, query = head.partition("?")
+    kind, _, name = path_less.partition(":")
+    alone = is_random and kind in SINGLE
+    if (not name and not alone) or (at and not path):
         raise BadCall(
             f"cannot read backbone id {id!r}; the form is [random:]FAMILY:NAME[?key=value][@PATH], as in medgraft:starter-vit"
         )
@@ -134,14 +138,19 @@ def _timm(id: BackboneId, image_size: int | None) -> Backbone:
     return _from_timm(id, network, None if id.random else timm_source.source(network, id.name, id.path), image_size)
 
 
+SHIPPED = {"starter-vit": "starter_vit.safetensors", "starter-universeg": "starter_universeg.safetensors"}
+
+
 @family("medgraft")
 def _medgraft(id: BackboneId, image_size: int | None) -> Backbone:
     """Networks that ship with the package."""
-    if id.name != "starter-vit":
-        raise unknown("medgraft backbone", id.name, ["starter-vit"])
+    if id.name not in SHIPPED:
+        raise unknown("medgraft backbone", id.name, SHIPPED)
     _allow(id, *(("seed",) if id.random else ()))
+    path = id.path or str(files("medgraft") / "weights" / SHIPPED[id.name])
+    if id.name == "starter-universeg":
+        return _load_universeg(id, Path(path), image_size)
     network = starter_vit()
-    path = id.path or str(files("medgraft") / "weights" / "starter_vit.safetensors")
     return _from_timm(id, network, None if id.random else (timm_source.read_tensors(Path(path)), None), image_size)
 
 
@@ -196,6 +205,34 @@ def _from_timm(id: BackboneId, network: Any, weights: timm_source.Weights | None
         commit=commit,
     )
     return (Swin if is_swin else ViT)(network, spec)
+
+
+@family("universeg")
+def _universeg(id: BackboneId, image_size: int | None) -> Backbone:
+    """`universeg:PATH` and `universeg:NAME@PATH`; an adapter records `universeg:released`, or `universeg:custom` for other weights."""
+    if id.random:
+        _allow(id, "seed", "widths")
+        return _load_universeg(id, None, image_size)
+    _allow(id)
+    path = Path(id.path or id.name)
+    if id.path is None and id.name in ("released", "custom"):
+        raise BadData(
+            f"asked for {id}: UniverSeg's weights do not ship with medgraft; give the checkpoint's file, as in --backbone universeg:PATH "
+            "(the authors publish universeg_v1_nf64_ss64_STA.pt)"
+        )
+    released = path.is_file() and universeg_source.blob_id(path) == universeg_source.RELEASED
+    return _load_universeg(replace(id, name="released" if released else "custom", path=None), path, image_size)
+
+
+def _load_universeg(id: BackboneId, path: Path | None, image_size: int | None) -> Backbone:
+    stated = dict(id.options).get("widths", "")
+    if stated and not all(w.isdecimal() and int(w) for w in stated.split(",")):
+        raise BadCall(
+            f"{id}: widths are whole numbers of channels, one an encoder block, such as 64,64,64,64; got {stated!r}"
+        )
+    widths = [int(w) for w in stated.split(",")] if stated else universeg_source.WIDTHS
+    seed = id.seed() if id.random else 0
+    return universeg_source.load(str(id), path, random=id.random, seed=seed, widths=widths, image_size=image_size)
 
 
 @family("hf")

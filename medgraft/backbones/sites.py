@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ..errors import BadCall, UnknownName, nearest
 
-KINDS = ("linear", "branch", "norm", "tokens", "conv", "embedding", "prompt")
+KINDS = ("linear", "branch", "norm", "tokens", "conv", "embedding", "prompt", "weights", "support")
 
 Operation = Callable[..., Any]
 """`operation(inner, *args, **kwargs)`: `inner` is the frozen module, or a chain that ends in it."""
