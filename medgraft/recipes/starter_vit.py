@@ -11,13 +11,11 @@ what few-shot segmentation needs. The reader is thrown away; the backbone is sav
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from torch.nn import functional as F
 
 from ..errors import BadCall, Diverged
 from ..training.phantoms import REGIONS, TEXTURES, phantom
+from .script import main
 
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 128,
@@ -215,21 +214,5 @@ def _kinship(embedding: Tensor, kind: Tensor, dice: torch.Generator, *, n: int =
     return 0.5 * (apart.sum() + together.sum())
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run `starter_vit` with its own parameters read from the command line."""
-    summary = (inspect.getdoc(starter_vit) or "").splitlines()[0]
-    parser = argparse.ArgumentParser(description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    types = get_type_hints(starter_vit)
-    for name, parameter in inspect.signature(starter_vit).parameters.items():
-        if parameter.default is parameter.empty:
-            parser.add_argument(name, type=types[name])
-        elif types[name] is bool:
-            parser.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=True)
-        else:
-            parser.add_argument(f"--{name.replace('_', '-')}", type=types[name], default=parameter.default, help=" ")
-    arguments = vars(parser.parse_args(argv))
-    print(starter_vit(arguments.pop("out"), **arguments))
-
-
 if __name__ == "__main__":
-    main()
+    main(starter_vit)

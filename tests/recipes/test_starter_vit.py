@@ -85,7 +85,7 @@ def test_steps_must_be_at_least_one(tmp_path: Path) -> None:
 
 def test_the_command_line_has_the_recipes_own_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = ["--steps", "1", "--batch", "2", "--small-size", "32", "--no-resume"]
-    recipe.main([str(tmp_path / "cli.safetensors"), *toy])
+    recipe.main(starter_vit, [str(tmp_path / "cli.safetensors"), *toy])
     assert capsys.readouterr().out.strip().endswith("cli.safetensors")
 
 
