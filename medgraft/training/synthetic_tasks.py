@@ -40,9 +40,9 @@ class Episode(NamedTuple):
 
 def episode(seed: int, *, size: int = 64, shots: int = 8, kind: str | None = None) -> Episode:
     """Task number `seed`, of a kind at random or the one named. Raises BadCall."""
-    if size < 16 or shots < 1 or kind not in (None, *SHARES):
+    if size < 32 or shots < 1 or kind not in (None, *SHARES):
         raise BadCall(
-            f"an episode wants size >= 16, shots >= 1 and a kind of {', '.join(SHARES)}; got {size}, {shots}, {kind!r}"
+            f"an episode wants size >= 32, shots >= 1 and a kind of {', '.join(SHARES)}; got {size}, {shots}, {kind!r}"
         )
     g = Generator().manual_seed(seed)
     names = list(SHARES)
