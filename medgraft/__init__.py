@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "adapters",
     "Backbone": "backbones",
+    "Ensemble": "adapters",
     "Features": "backbones",
     "Host": "adapters",
     "MedgraftError": "errors",
@@ -32,11 +33,13 @@ _HOME = {
     "load_dataset": "training.data",
     "publish": "adapters.hub",
     "save_adapter": "adapters.store",
+    "soup": "adapters.soup",
 }
 
 __all__ = [
     "Adapter",
     "Backbone",
+    "Ensemble",
     "Features",
     "Host",
     "MedgraftError",
@@ -51,12 +54,14 @@ __all__ = [
     "load_dataset",
     "publish",
     "save_adapter",
+    "soup",
 ]
 
 if TYPE_CHECKING:
-    from .adapters import Adapter, Host, Preprocessing, Task
+    from .adapters import Adapter, Ensemble, Host, Preprocessing, Task
     from .adapters.hub import load_adapter, publish
     from .adapters.peft import export_peft, import_peft
+    from .adapters.soup import soup
     from .adapters.store import save_adapter
     from .backbones import Backbone, Features, load_backbone
     from .errors import MedgraftError

@@ -5,6 +5,7 @@ A new part is one file: subclass `Part` (or `Readout`), register it with `@part(
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -55,6 +56,8 @@ class Part(nn.Module):
     """Kinds of site that it accepts."""
     innermost: ClassVar[bool] = False
     """True where it must stand directly on the frozen module, before every other part."""
+    holds_images: ClassVar[bool] = False
+    """True where its tensors are images or speak of single ones."""
 
     def __init__(self, sites: Mapping[str, Sequence[int]], **config: Any) -> None:
         super().__init__()
@@ -101,6 +104,35 @@ class Part(nn.Module):
     def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:
         """A plain module with the same function as `base` and this part together; both stay as they are."""
         raise NotImplementedError
+
+    # Averages with others of its kind; see `soup`.
+
+    @property
+    def why_no_soup(self) -> str:
+        """Why it has no average with others, empty where it has one."""
+        return "it holds images, of which there is no average" if self.holds_images else ""
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """What parts must have in common to be averaged."""
+        return {"sites": self.sites, **self.config}
+
+    @classmethod
+    def soup(cls, parts: Sequence[Any], weights: Sequence[float]) -> Part:
+        """sum_i w_i part_i, tensor by tensor, as a part of its own. `parts` are alike, `weights` sum to 1.
+
+        Summed in float64. Raises BadCall where whole numbers or truth values among the tensors differ: they have no mean.
+        """
+        made = copy.deepcopy(parts[0])
+        tensors = [p.tensors() for p in parts]
+        with torch.no_grad():
+            for name, mine in made.tensors().items():
+                found = [own[name].to(mine.device) for own in tensors]
+                if mine.is_floating_point():
+                    mine.copy_(torch.stack([w * t.double() for w, t in zip(weights, found, strict=True)]).sum(0))
+                elif not all(torch.equal(t, mine) for t in found):
+                    raise BadCall(f"{name} holds whole numbers that differ, of which there is no mean")
+        return made
 
     def cell(self, site: str | Site) -> Any:
         """The module holding the tensors of one site."""
