@@ -380,7 +380,10 @@ def _made(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         shown = {str(k): v for k, v in settings.items() if isinstance(v, str | int | float | bool)}
         lines.append("- settings: " + ", ".join(f"{_md(k)} {_md(v)}" for k, v in shown.items()))
     sizes = record["preprocessing"]
-    lines.append(f"- input: {sizes['size']} x {sizes['size']} pixels, mean {sizes['mean']}, std {sizes['std']}")
+    lines.append(
+        f"- input: {sizes['size']} x {sizes['size']} pixels, mean {sizes['mean']}, std {sizes['std']}"
+        + ", without the dark border" * sizes.get("crop", False)
+    )
     return "\n".join(lines)
 
 

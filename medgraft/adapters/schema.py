@@ -54,7 +54,8 @@ SCHEMA: dict[str, Any] = _object(
             }
         ),
         "preprocessing": _object(
-            {"size": {"type": "integer", "minimum": 1, "maximum": 16384}, "mean": _NUMBER_3, "std": _NUMBER_3}
+            {"size": {"type": "integer", "minimum": 1, "maximum": 16384}, "mean": _NUMBER_3, "std": _NUMBER_3},
+            {"crop": {"const": True}},
         ),
         "parts": {
             "type": "array",

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import BadCall
-from ..pixels import prepare
+from ..pixels import bright_box, prepare
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,29 @@ class Task:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize to `size` x `size` pixels, scale to [0, 1], subtract `mean`, divide by `std`, per channel."""
+    """Resize to `size` x `size` pixels, scale to [0, 1], subtract `mean`, divide by `std`, per channel.
+
+    With `crop` the dark border (of a fundus, say) is cut off first; what is predicted there is background.
+    """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: bool = False
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 -> (3, size, size) float32; bilinear with antialiasing."""
-        return prepare(image, self.size, self.mean, self.std)
+        return prepare(image[bright_box(image)] if self.crop else image, self.size, self.mean, self.std)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
-        return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        found: dict[str, Any] = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        return found | {"crop": True} if self.crop else found
 
     @staticmethod
     def from_json(found: dict[str, Any]) -> Preprocessing:
         """The inverse of `to_json`."""
-        return Preprocessing(int(found["size"]), tuple(found["mean"]), tuple(found["std"]))
+        return Preprocessing(int(found["size"]), tuple(found["mean"]), tuple(found["std"]), found.get("crop", False))
 
 
 def task_from_json(found: dict[str, Any]) -> Task:

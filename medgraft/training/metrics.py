@@ -170,6 +170,57 @@ def _rank_area(positive: np.ndarray, score: np.ndarray) -> float:
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n)))
 
 
+def pr_area(truth: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the precision-recall curve, as average precision: equal scores are one step of the curve.
+
+        AP = sum_n (R_n - R_(n - 1)) P_n          over the distinct scores, from the highest down
+
+    truth (N,) of booleans or 0 and 1, scores (N,), one of each a pixel; NaN where nothing is true. Raises `BadCall`.
+    """
+    t, s = np.asarray(truth), np.asarray(scores, dtype=np.float64)
+    if t.ndim != 1 or t.shape != s.shape or np.isnan(s).any() or not np.isin(t, (0, 1)).all():
+        raise BadCall(f"wanted truth (N,) of 0 and 1 and finite scores (N,), got {t.shape} and {s.shape}")
+    _, place = np.unique(s, return_inverse=True)
+    return _stepped_area(np.bincount(place, t), np.bincount(place))
+
+
+class PixelScores:
+    """Scores of the pixels of any number of images in fixed memory, by class; `areas` are their `pr_area`s.
+
+    Scores are probabilities, rounded to 1 / 65535; with that the areas are exact.
+    """
+
+    STEPS = 65535
+
+    def __init__(self, classes: int) -> None:
+        self._found = np.zeros((classes, self.STEPS + 1), dtype=np.int64)
+        self._true = np.zeros_like(self._found)
+
+    def add(self, k: int, truth: np.ndarray, scores: np.ndarray) -> None:
+        """One image's pixels of class number `k` (from 0): booleans and probabilities of one shape. Raises `BadCall`."""
+        s = np.asarray(scores, dtype=np.float64)
+        if s.shape != truth.shape or truth.dtype != bool or not ((s >= 0) & (s <= 1)).all():
+            raise BadCall(
+                f"wanted booleans and probabilities of one shape, got {truth.dtype} {truth.shape} and {s.shape}"
+            )
+        step = np.rint(s * self.STEPS).astype(np.int64)
+        self._found[k] += np.bincount(step.ravel(), minlength=self.STEPS + 1)
+        self._true[k] += np.bincount(step[truth], minlength=self.STEPS + 1)
+
+    @property
+    def areas(self) -> list[float]:
+        """The area of each class over all pixels added; NaN where nothing is true."""
+        return [_stepped_area(true, found) for true, found in zip(self._true, self._found, strict=True)]
+
+
+def _stepped_area(true: np.ndarray, found: np.ndarray) -> float:
+    """From how many pixels have each score, lowest first, and how many of them are true."""
+    hits, called = np.cumsum(true[::-1]), np.cumsum(found[::-1])
+    if not hits[-1:].any():
+        return float("nan")
+    return float((true[::-1] * hits / np.maximum(called, 1)).sum() / hits[-1])
+
+
 def _counts(pred: np.ndarray, truth: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """|P & T|, |P|, |T| by foreground class, int64 (k,), from one confusion matrix."""
     pred, truth = np.asarray(pred), np.asarray(truth)

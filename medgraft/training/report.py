@@ -137,6 +137,48 @@ def curves_png(log: str | Path | Sequence[Mapping[str, Any]], path: str | Path) 
     save_picture(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
 
 
+def heat_map_png(
+    panels: Mapping[str, np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: str | Path,
+    *,
+    across: str = "",
+    down: str = "",
+) -> None:
+    """Draw tables (rows, columns) side by side by title, each number in its cell; a cell without one (NaN) is hatched.
+
+    Raises `MissingExtra` without matplotlib, `BadCall` for a table of another shape.
+    """
+    need("matplotlib", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for title, table in panels.items():
+        if table.shape != (len(rows), len(columns)):
+            raise BadCall(f"{title!r} has shape {table.shape}, there are {len(rows)} rows and {len(columns)} columns")
+    width = 1.5 + 0.08 * max(map(len, rows)) + 0.9 * len(columns)
+    size = (max(width, 3.5) * max(len(panels), 1), 1.6 + 0.4 * len(rows))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for n, (title, table) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), n)
+        axes.set_facecolor("0.95")
+        axes.patch.set_hatch("///")
+        axes.patch.set_edgecolor("0.8")
+        axes.imshow(np.ma.masked_invalid(table), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for i, j in np.argwhere(~np.isnan(table)):
+            ink = "white" if table[i, j] < 0.6 else "black"
+            axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=9)
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_xlabel(across, fontsize=8)
+        axes.set_ylabel(down if n == 1 else "", fontsize=8)
+    canvas.draw()
+    save_picture(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+
+
 def overlay_png(
     image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None, path: str | Path, classes: Mapping[int, str]
 ) -> None:

@@ -3,9 +3,10 @@
     prepare:  uint8 (H, W, 3) -> [0, 1] -> bilinear, antialiased, to (3, S, S) -> (x - mean) / std
 
 The augmentations are AViT's, each drawn with probability p = 0.5 at the usual ranges (Albumentations' defaults):
-flips; shift-scale-rotate with reflected borders; brightness-contrast, x * (1 + c) + b; Gaussian noise. They act on
-[0, 1] values, between resizing and normalising. An augmentation is a pure function of (seed, item, view), so a run
-that resumes sees what the uninterrupted run would have seen. S the side of the square that the backbone takes.
+flips; shift-scale-rotate with reflected borders; brightness-contrast, x * (1 + c) + b; Gaussian noise. Two more stand
+for what differs between cameras and are off unless asked for: Gaussian blur, and a gain for each colour, x_k (1 + g_k).
+They act on [0, 1] values, between resizing and normalising. An augmentation is a pure function of (seed, item, view),
+so a run that resumes sees what the uninterrupted run would have seen. S the side of the square that the backbone takes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import cos, pi, sin
+from math import ceil, cos, pi, sin
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class Augment:
     """Seeded augmentation; with `views` = V a fixed bank of V views, of which view 0 is the image as it is.
 
     `shift` and `zoom` are fractions, `angle` degrees, `brightness` and `contrast` fractions of the range, each drawn
-    uniformly from [-value, value]; `noise` bounds the variance in 8-bit units.
+    uniformly from [-value, value]; `noise` bounds the variance in 8-bit units; `blur` is the largest deviation in
+    pixels, `colour` the largest gain g of a channel.
     """
 
     seed: int = 0
@@ -53,12 +55,16 @@ class Augment:
     brightness: float = 0.2
     contrast: float = 0.2
     noise: tuple[float, float] = (10.0, 50.0)
+    blur: float = 0.0
+    colour: float = 0.0
 
     def __post_init__(self) -> None:
         if self.views is not None and self.views < 1:
             raise BadCall(f"a bank needs one view or more, got views={self.views}; None draws a new view every time")
         if not 0 <= self.p <= 1:
             raise BadCall(f"p is a probability, got {self.p}")
+        if not self.blur >= 0 or not 0 <= self.colour < 1:
+            raise BadCall(f"blur is 0 or more pixels, colour lies in [0, 1); got {self.blur} and {self.colour}")
 
     def view(self, n: int) -> int:
         """The view an item shows at its n-th visit: n itself, or n modulo the size of the bank."""
@@ -79,6 +85,11 @@ class Augment:
         shift_x, shift_y, zoom, turn, brighter, contrast = (torch.rand(6, generator=generator) * 2 - 1).tolist()
         share = torch.rand((), generator=generator).item()
         grain = torch.randn(image.shape, generator=generator)
+        tint, soften = (
+            torch.rand(2, generator=generator) < self.p
+        ).tolist()  # drawn last: older seeds keep their views
+        gains = torch.rand(3, 1, 1, generator=generator) * 2 - 1
+        width = torch.rand((), generator=generator).item() * self.blur
 
         if do[0]:
             image, mask = tv.horizontal_flip(image), None if mask is None else tv.horizontal_flip(mask)
@@ -91,6 +102,11 @@ class Augment:
             mask = None if mask is None else _sample(mask[None].float(), grid, "nearest")[0].long()
         if do[3]:
             image = image * (1 + contrast * self.contrast) + brighter * self.brightness
+        if tint and self.colour:
+            image = image * (1 + gains.to(image.device) * self.colour)
+        if soften and width > 0.1:  # below a tenth of a pixel nothing would change
+            reach = min(ceil(3 * width), min(image.shape[1:]) - 1)
+            image = tv.gaussian_blur(image, [2 * reach + 1] * 2, [width] * 2)
         if do[4]:
             low, high = self.noise
             image = image + grain.to(image.device) * (low + share * (high - low)) ** 0.5 / 255

@@ -4,6 +4,7 @@ import torch
 
 from medgraft.errors import BadCall
 from medgraft.training.metrics import (
+    PixelScores,
     accuracy,
     auc,
     balanced_accuracy,
@@ -12,6 +13,7 @@ from medgraft.training.metrics import (
     image_means,
     iou,
     paired_difference,
+    pr_area,
     summarise,
 )
 
@@ -164,3 +166,51 @@ def test_auc_leaves_out_classes_the_truth_lacks_and_refuses_the_rest() -> None:
     for bad_truth, bad_scores in [([0, 3, 0, 1], scores), ([0, 1], scores), (truth, [0.1, NAN, 0.2, 0.3])]:
         with pytest.raises(BadCall):
             auc(bad_truth, bad_scores)
+
+
+def test_pr_area_by_hand() -> None:
+    # thresholds .8, .4, .35, .1: precision 1, 1/2, 2/3, 1/2 at recall 1/2, 1/2, 1, 1
+    assert pr_area([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
+    assert pr_area([1, 0, 0, 0], [0.5] * 4) == pytest.approx(1 / 4)  # one step: the share of true ones
+    assert pr_area([True, False], [0.9, 0.1]) == 1
+    assert np.isnan(pr_area([0, 0], [0.1, 0.2]))
+    assert np.isnan(pr_area([], []))
+    for truth, scores in [([0, 1], [0.1]), ([0, 2], [0.1, 0.2]), ([0, 1], [0.1, NAN]), ([[0, 1]], [[0.1, 0.2]])]:
+        with pytest.raises(BadCall):
+            pr_area(truth, scores)
+
+
+@pytest.mark.parametrize("digits", [1, 9])
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_pr_area_agrees_with_scikit_learn(share: float, digits: int) -> None:
+    from sklearn.metrics import average_precision_score
+
+    rng = np.random.default_rng(0)
+    truth = rng.random(5000) < share
+    scores = np.round(np.clip(0.3 * truth + rng.random(5000) * 0.7, 0, 1), digits)
+    assert pr_area(truth, scores) == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
+
+
+def test_pixel_scores_are_the_area_over_all_images() -> None:
+    from sklearn.metrics import average_precision_score
+
+    rng = np.random.default_rng(0)
+    pixels = PixelScores(3)
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    for size in ((8, 9), (20, 3), (1, 1)):
+        truth = rng.random(size) < 0.3
+        scores = np.clip(0.2 * truth + rng.random(size) * 0.8, 0, 1).astype(np.float32)
+        pixels.add(1, truth, scores)
+        seen.append((truth.ravel(), np.rint(scores.ravel().astype(np.float64) * 65535)))
+    pixels.add(2, np.zeros((4, 4), bool), rng.random((4, 4)))
+    want = average_precision_score(*map(np.concatenate, zip(*seen, strict=True)))
+    never, area, empty = pixels.areas
+    assert area == pytest.approx(want, abs=1e-12)
+    assert np.isnan(never)
+    assert np.isnan(empty)
+    near = PixelScores(1)  # 0.4 and 0.6 of a step are rounded to different ones, 0.6 and 1 to the same
+    near.add(0, np.array([True, False, False, True]), np.array([0.6, 0.4, 1.0, 0.4]) / 65535)
+    assert near.areas == [pytest.approx(pr_area([1, 0, 0, 1], [1, 0, 1, 0]))]
+    for truth, scores in [(np.ones(2, bool), np.array([0, 1.1])), (np.ones(2, int), np.zeros(2))]:
+        with pytest.raises(BadCall, match="probabilities"):
+            pixels.add(0, truth, scores)
