@@ -27,7 +27,8 @@ class Item:
     """One example. Either `image` (a file) or `array` and `index` (a row of an npz array) says where its pixels are.
 
     `masks` maps a label set ("mask", "mask_av", ...) to a file; `label` is an index into `Dataset.label_names`;
-    `labelled` names the classes that were annotated on this item, None where all were.
+    `labelled` names the classes that were annotated on this item, None where all were; `coarse` names classes that were
+    drawn as one here (an artery or a vein, nobody says which); `source` is the pack of an item of several packs.
     """
 
     id: str
@@ -40,6 +41,8 @@ class Item:
     labelled: tuple[str, ...] | None = None
     array: Path | None = None
     index: int | None = None
+    coarse: tuple[tuple[str, ...], ...] = ()
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,28 @@ class Dataset:
         names = self.classes_of(labels).values()
         return tuple(has_mask and (item.labelled is None or name in item.labelled) for name in names)
 
+    def groups(self, item: Item) -> tuple[int, ...]:
+        """For the background and each class of the task, in order: the smallest index that `item` does not tell it from.
+
+        A class that was annotated has a group of its own; classes drawn as one share a group; one that was not annotated
+        is in the background's. With artery, vein, crossing: (0, 1, 2, 3) all drawn, (0, 1, 1, 1) drawn as vessel,
+        (0, 1, 0, 3) vein not annotated. These are the `groups` of `partial_losses`.
+        """
+        names = [self.classes[value] for value in sorted(self.classes)]
+        found = [k * drawn for k, drawn in enumerate(self.annotated(item), start=1)]
+        for together in item.coarse:
+            members = sorted(names.index(name) for name in together if name in names)
+            for k in members:
+                found[k] = members[0] + 1
+        return (0, *found)
+
     def present(self, item: Item) -> frozenset[int]:
-        """The foreground task values that occur in the mask of `item`; read once, then remembered."""
+        """The foreground task values that were annotated on `item` and occur in its mask; the mask is read once."""
         key = ("present", item.id)
         if key not in self._cache:
             self._cache[key] = frozenset(int(v) for v in np.unique(self.mask(item)) if v != 0)
-        return self._cache[key]
+        drawn = self.annotated(item)
+        return frozenset(v for v in self._cache[key] if drawn[v - 1])
 
     def digest(self, item: Item) -> str:
         """sha256 of the item's pixels as read: what a cache of features is keyed by."""

@@ -1,9 +1,11 @@
 """A pack: a folder with `dataset.json`. Read with suspicion, for it may have come from anywhere.
 
 Top level: `items`; and optionally `name`, `dims` (2 or 3), `classes` and `classes_NAME` for the masks `mask` and
-`mask_NAME` ({"0": "background", "1": ...}), `label_names`, `split` ({"train": [ids], ...}, unless items say theirs).
+`mask_NAME` ({"0": "background", "1": ...}), `label_names`, `split` ({"train": [ids], ...}, unless items say theirs),
+`labelled` (the classes that were annotated on every item that does not say its own).
 Per item: `id`, `image` or `array` + `index`, `mask`, `mask_NAME`, `label` (index or name), `domain`, `group`,
-`labelled` (classes that were annotated), `split`. Other keys are ignored.
+`labelled` (classes that were annotated), `split`. Other keys are ignored. Where `labelled` speaks of one label set alone (not one
+item names a class of another), it says nothing of the others, and their masks are whole.
 
 File names are relative, with forward slashes, and stay inside the folder: an absolute name or `..` is refused (a
 symbolic link is the owner's own doing, and is followed).
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -54,13 +57,16 @@ def read_pack(root: Path) -> Found:
         raise BadData(f"{file} has items with the same id: {shorten(twice)}; every id must be its own")
     splits = _splits(pack.get("split"), raw, file)
     label_names = _label_names(pack, raw, file)
-    items = [_item(entry, root, splits[entry["id"]], label_names) for entry in raw]
+    items = [
+        _item({"labelled": pack.get("labelled"), **entry}, root, splits[entry["id"]], label_names) for entry in raw
+    ]
     label_sets = {
         "mask" + key.removeprefix("classes"): _classes(value, key, file)
         for key, value in pack.items()
         if key == "classes" or key.startswith("classes_")
     }
     _need_known_labelled(items, label_sets, file)
+    items = _whole_where_unsaid(items, label_sets)
     need_files(root, items)
     need_separate_groups(items, file)
     return Found(str(pack.get("name", root.name)), items, {k: v for k, v in label_sets.items() if v}, label_names, dims)
@@ -95,6 +101,16 @@ def _need_known_labelled(items: Iterable[Item], label_sets: Mapping[str, Mapping
         for name in item.labelled or ():
             if name not in known:
                 raise BadData(f"{where}, item {item.id!r}, 'labelled': {unknown('class', name, known)}")
+
+
+def _whole_where_unsaid(items: list[Item], label_sets: Mapping[str, Mapping[int, str]]) -> list[Item]:
+    """Every class counts as annotated in label sets of which no `labelled` names one, while some name those of another."""
+    said = {name for item in items for name in item.labelled or ()}
+    unsaid = [set(names.values()) for names in label_sets.values() if not said.intersection(names.values())]
+    if not said or not unsaid:
+        return items
+    more = tuple(sorted(set.union(*unsaid)))
+    return [item if item.labelled is None else replace(item, labelled=item.labelled + more) for item in items]
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:

@@ -44,6 +44,7 @@ def _segment(dataset: Dataset, items: list[Item], shots: int | None, seed: int) 
     candidates, missing = _until_covered(dataset, order)
     if missing:
         have = [name for name in dataset.classes.values() if name not in missing]
+        need_annotated(dataset, items)
         raise BadData(
             f"{dataset.name!r} has no training item with {', '.join(missing)}; "
             f"draw some, or choose classes={tuple(have)}"
@@ -59,6 +60,17 @@ def _segment(dataset: Dataset, items: list[Item], shots: int | None, seed: int) 
         uncovered -= dataset.present(best)
     taken = {item.id for item in chosen}
     return (chosen + [item for item in order if item.id not in taken])[:shots]
+
+
+def need_annotated(dataset: Dataset, items: Iterable[Item]) -> None:
+    """Raise `BadData` naming the classes of the task that no item of `items` annotates."""
+    drawn = np.any([dataset.annotated(item) for item in items], axis=0)
+    nowhere = [name for name, found in zip(dataset.classes.values(), drawn, strict=True) if not found]
+    if nowhere:
+        raise BadData(
+            f"{', '.join(nowhere)} of {dataset.name!r} is annotated on no training item, so it cannot be learnt; "
+            f"leave it out of the classes, or add a source that annotates it"
+        )
 
 
 def _until_covered(dataset: Dataset, order: Iterable[Item]) -> tuple[list[Item], list[str]]:

@@ -27,7 +27,7 @@ def test_a_pack_is_read(tmp_path: Path) -> None:
     assert np.array_equal(dataset.image(item), picture(0))
     assert np.array_equal(dataset.mask(item), blocks(1, 2))
     assert dataset.annotated(item) == (False, True)
-    assert dataset.present(item) == {1, 2}
+    assert dataset.present(item) == {2}  # cytoplasm is in the file, but nobody vouches for it
     assert dataset.digest(item) != dataset.digest(dataset.items[1])
     assert hash(item) == hash(load_dataset(tmp_path / "p").items[0])
     dataset.check()
@@ -66,6 +66,24 @@ def test_other_label_sets(tmp_path: Path) -> None:
         whole.mask(whole.items[1], labels="mask_av")
     with pytest.raises(UnknownName, match="did you mean 'mask_av'"):
         load_dataset(root, labels="mask_va")
+
+
+def test_what_was_annotated_may_be_said_for_the_pack_and_for_an_item(tmp_path: Path) -> None:
+    items = [entry(0), entry(1, labelled=["cytoplasm", "nucleus"]), entry(2, labelled=[])]
+    dataset = load_dataset(pack(tmp_path / "p", items, [blocks(1, 2)], labelled=["nucleus"]))
+    assert [dataset.annotated(i) for i in dataset.items] == [(False, True), (True, True), (False, False)]
+    assert [dataset.groups(i) for i in dataset.items] == [(0, 0, 2), (0, 1, 2), (0, 0, 0)]
+    with pytest.raises(BadData, match="did you mean 'nucleus'"):
+        load_dataset(pack(tmp_path / "q", [entry(0)], [blocks(1)], labelled=["nucleous"]))
+
+
+def test_labelled_says_nothing_of_a_label_set_that_it_never_names(tmp_path: Path) -> None:
+    items = [entry(0, labelled=["nucleus"], mask_av="av/0.png"), entry(1, labelled=["cytoplasm"], mask_av="av/0.png")]
+    root = pack(tmp_path / "p", items, [blocks(1, 2)], classes_av={"1": "artery", "2": "vein"})
+    save(root / "av/0.png", blocks(1, 2))
+    dataset = load_dataset(root)
+    assert [dataset.annotated(i) for i in dataset.items] == [(False, True), (True, False)]
+    assert [dataset.annotated(i, "mask_av") for i in dataset.items] == [(True, True)] * 2
 
 
 def test_image_labels(tmp_path: Path) -> None:
@@ -263,6 +281,9 @@ def test_real_partial_labels() -> None:
         (False, True, True, True): 1,
         (True, False, True, True): 1,
     }
+    findings = load_dataset(REAL / "cxr_anatomy", labels="mask_findings")
+    assert {findings.annotated(item) for item in findings.items} == {(True,) * 5}
+    assert {load_dataset(REAL / "wbc").groups(i) for i in load_dataset(REAL / "wbc").items} == {(0, 1, 2)}
     eyes = load_dataset(REAL / "retina_vessels", labels="mask_av")
     assert len(eyes.left_out) == 28
     assert {item.domain for item in eyes.items} == {"hrf", "les_av"}
