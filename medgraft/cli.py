@@ -25,6 +25,7 @@ app = typer.Typer(
 console = Console()
 
 Directory = Annotated[str, typer.Argument(help="an adapter: a directory, file:DIR/OWNER/NAME or a hub id")]
+Adapters = Annotated[list[str], typer.Argument(help="adapters: directories, file:DIR/OWNER/NAME or hub ids")]
 BackboneOption = Annotated[
     str | None, typer.Option(help="a backbone id, where the adapter's own cannot be found under its name")
 ]
@@ -75,18 +76,22 @@ class _Recipes(typer.core.TyperGroup):
 def _register_recipes() -> None:
     from .recipes import RECIPES
 
+    if adapt_app.registered_commands:  # `main` was called before in this process
+        return
     for recipe in RECIPES.values():
         adapt_app.command(recipe.name, help=recipe.program.__doc__)(_command(recipe))
     app.add_typer(adapt_app, name="adapt", cls=_Recipes)
 
 
-def _command(recipe: Any) -> Callable[..., None]:
-    """A function whose parameters are those of `Run` and of the recipe, for typer to read."""
+def _parameters(recipe: Any, without: tuple[str, ...] = ()) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+    """The parameters of `Run`, but those named in `without`, and those of the recipe, for typer to read."""
     from .recipes import Run
 
     hints = get_type_hints(Run)
     shared = []
     for f in fields(Run):
+        if f.name in without:
+            continue
         default = recipe.defaults.get(f.name, f.default)
         required = default is MISSING
         kind = str | None if f.name == "classes" else hints[f.name]
@@ -99,6 +104,14 @@ def _command(recipe: Any) -> Callable[..., None]:
         for p in inspect.signature(recipe.program).parameters.values()
         if p.name != "run"
     ]
+    return shared, own
+
+
+def _command(recipe: Any) -> Callable[..., None]:
+    """A function whose parameters are those of `Run` and of the recipe, for typer to read."""
+    from .recipes import Run
+
+    shared, own = _parameters(recipe)
 
     def command(**options: Any) -> None:
         mine = {p.name: options.pop(p.name) for p in own}
@@ -124,12 +137,19 @@ _HELP = {
     "task": "segment or classify",
     "classes": "only these classes, comma separated",
     "labels": "label set: mask, mask_NAME",
+    "axis": "read volumes slice by slice across: sagittal, coronal, axial",
     "shots": "training items in all (segment) or for each class (classify)",
     "steps": "optimiser steps",
     "batch": "images a step",
     "augment": "none, a fixed bank of views, or fresh ones",
     "views": "views in the bank",
+    "crop": "cut off the dark border around a picture, here and in every later prediction",
+    "blur": "largest blur among the augmentations, in pixels",
+    "colour": "largest gain of a colour among the augmentations, 0 to 1",
     "cache": "frozen prefix: memory, off, or a directory",
+    "mix": "FuseStyle: blend the feature styles of batch mates while training: none, random, dot, cosine",
+    "mix_stage": "stage after which styles are blended (default: the cached one, or the first)",
+    "average": "save the average of the weights along training: none, swa (last quarter), ema",
     "dtype": "storage type of the saved tensors",
     "precision": "bf16 runs the forward pass under autocast",
     "resume": "go on from the state that an interrupted run left",
@@ -181,6 +201,7 @@ def evaluate(
     from .training.data import load_dataset
     from .training.evaluate import evaluate as score
     from .training.model import NAME, open_model
+    from .training.slices import slices_of
 
     host, found = open_model(
         adapter, backbone=backbone, device=device, revision=revision, allow_mismatch=allow_mismatch
@@ -191,6 +212,8 @@ def evaluate(
     label_set = "label" if kind == "classify" else labels or found.provenance.get("labels", "mask")
     chosen = classes.split(",") if classes else list(found.task.classes)
     dataset = load_dataset(data, labels=label_set, classes=chosen)
+    if dataset.dims == 3 and "axis" in found.provenance:
+        dataset = slices_of(dataset, found.provenance["axis"])
     where = next(host.backbone.parameters()).device.type
     with torch.autocast(where, torch.bfloat16, enabled=precision == "bf16"):
         result = score(host, NAME, dataset, split)
@@ -202,7 +225,7 @@ def evaluate(
         from .training.evaluate import record_score
 
         record_score(Path(adapter), result)
-    shown = {k: v for k, v in result.items() if k not in ("per_image", "classes")}
+    shown = {k: v for k, v in result.items() if k not in ("per_image", "classes", "slice_classes")}
     shown |= {f"dice of {c}": f"{v['mean']:.3f}" for c, v in result.get("classes", {}).items() if v["mean"] is not None}
     _facts(
         f"{found.backbone.id}{' (random weights)' if found.backbone.random else ''}",
@@ -214,6 +237,66 @@ def _round(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.3f}"
     return "[" + ", ".join(str(_round(v)) for v in value) + "]" if isinstance(value, list) else value
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def matrix(
+    context: typer.Context,
+    data: Annotated[list[Path], typer.Option(help="data folders (one with --by)")],
+    recipe: Annotated[str, typer.Option(help="how to train; its options follow (medgraft adapt RECIPE --help)")],
+    out: Annotated[Path, typer.Option(help="where cells, models and tables go; an interrupted matrix goes on there")],
+    by: Annotated[str | None, typer.Option(help="divide one folder by this item key: domain")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="rows such as a+b; default: singles, pairs, all")] = None,
+    seeds: Annotated[int, typer.Option(help="seeds 0, 1, ... of every row", min=1)] = 1,
+    classes: Annotated[str | None, typer.Option(help="only these classes, comma separated")] = None,
+    labels: Annotated[str, typer.Option(help="label set: mask, mask_NAME")] = "mask",
+) -> None:
+    """Train on every combination of data sets (or of one set's domains) and score each on every test set."""
+    from .recipes import find_recipe
+    from .recipes.grid import trainer
+    from .training.matrix import Matrix, combinations_of, sources_of
+    from .training.matrix_report import score_table, write_matrix
+
+    shared, own = _parameters(
+        find_recipe(recipe), without=("data", "out", "task", "seed", "classes", "labels", "resume")
+    )
+    chosen = _parsed(context.args, [*shared, *own])
+    folders = [*data, *chosen.pop("more")]
+    sources = sources_of(folders, by=by, labels=labels, classes=_names(classes))
+    settings = {"recipe": recipe, **{k: v for k, v in chosen.items() if k not in ("cache", "quiet")}}
+    grid = Matrix(out, sources, settings, said=lambda line: console.print(_escape(line), soft_wrap=True))
+    chosen["quiet"] = True
+    mine = {p.name: chosen.pop(p.name) for p in own}
+    for seed in range(seeds):
+        for members in combinations_of(list(sources), train or ()):
+            grid.train(members, seed, trainer(recipe, {**chosen, "labels": labels}, mine))
+    found = write_matrix(grid)
+    for name in found["classes"]:
+        console.print(
+            _escape("\n".join([f"{name}: Dice / area under the precision-recall curve", *score_table(found, name)]))
+        )
+
+
+def _parsed(words: list[str], parameters: list[inspect.Parameter]) -> dict[str, Any]:
+    """The options in `words`, and under "more" the words that belong to none."""
+    more = Annotated[list[Path] | None, typer.Argument()]
+
+    def grab(**options: Any) -> dict[str, Any]:
+        return options
+
+    whole = [_parameter("more", more, None), *parameters]
+    grab.__signature__ = inspect.Signature(whole)  # type: ignore[attr-defined]
+    grab.__annotations__ = {p.name: p.annotation for p in whole}
+    small = typer.Typer(add_completion=False)
+    small.command()(grab)
+    found: dict[str, Any] = typer.main.get_command(small).main(
+        words, prog_name="medgraft matrix", standalone_mode=False
+    )
+    return {**found, "more": found["more"] or []}
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in text.split(",")) if text else None
 
 
 @app.command()
@@ -240,6 +323,100 @@ def predict(
         console.print(_escape(line), soft_wrap=True)
     if found.backbone.random:
         console.print("[yellow]the backbone has random weights: these results mean nothing[/]")
+
+
+@app.command()
+def soup(
+    adapters: Adapters,
+    out: Annotated[Path, typer.Option(help="directory that the soup replaces")],
+    rank: Annotated[int | None, typer.Option(help="cut LoRA to this rank; the error is told")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="only those that together score best on --data")] = False,
+    data: Annotated[Path | None, typer.Option(help="data folder that --greedy chooses by")] = None,
+    split: Annotated[str, typer.Option(help="the split of --data")] = "val",
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="storage type (default: the members')")
+    ] = None,
+    backbone: BackboneOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Average adapters of one backbone and one task into a single one (LoRA: the mean of the products, exactly)."""
+    from .adapters import Host
+    from .adapters.soup import soup as mixed
+    from .adapters.store import save_adapter
+    from .training.greedy_soup import greedy_soup, score_on
+    from .training.model import NAME, open_together, stored_dtype
+    from .training.preview import phantom_preview
+
+    if greedy != (data is not None):
+        raise BadCall("--greedy chooses by the images of --data; give both, or neither")
+    host, members = open_together(adapters, backbone=backbone, device=device)
+    stored = dtype or stored_dtype(adapters)
+    facts: dict[str, Any] = {}
+    if data is not None:
+        dataset = _own_data(next(iter(members.values())), data)
+        found = greedy_soup(members, score_on(host.backbone, dataset, split, dtype=stored), rank=rank)
+        made, facts["score"] = found.soup, f"{found.score:.3f} on {dataset.name} ({split}), by which it was chosen"
+        table = Table("tried in this order", "alone", "soup with it", "", box=None, padding=(0, 2, 0, 0))
+        for t in found.tried:
+            table.add_row(_escape(t.name), f"{t.own:.3f}", f"{t.together:.3f}", "kept" if t.kept else "left out")
+        console.print(table)
+    else:
+        made = mixed(members, rank=rank)
+    alone = Host(host.backbone)
+    alone.add(made.adapter, NAME)
+    pictures = {"preview.png": phantom_preview(alone, NAME)} if made.adapter.task.kind == "segment" else {}
+    save_adapter(made.adapter, out, dtype=stored, backbone=host.backbone, extra_files=pictures)
+    facts |= {"members": len(made.adapter.provenance["members"]), "trainable": made.adapter.trainable, "out": out}
+    if made.errors:
+        worst = max(made.errors, key=lambda site: made.errors[site])
+        facts["error of the cut"] = f"{made.errors[worst]:.2%} of the averaged product at {worst}, the worst site"
+    _facts(f"soup for {host.backbone.spec.title}: done", facts)
+
+
+@app.command()
+def ensemble(
+    adapters: Adapters,
+    data: Annotated[Path | None, typer.Option(help="data folder: score the members and the ensemble")] = None,
+    split: Annotated[str, typer.Option(help="the split of --data")] = "test",
+    image: Annotated[Path | None, typer.Option(help="an image file: write its mask to --out")] = None,
+    out: Annotated[Path | None, typer.Option(help="the mask of --image, a .png")] = None,
+    backbone: BackboneOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Let adapters of one backbone answer together: the mean of their probabilities, over one frozen prefix."""
+    from .adapters.ensemble import Ensemble
+    from .images import write_mask
+    from .training.evaluate import evaluate as score
+    from .training.model import open_together
+
+    if (data is None) == (image is None):
+        raise BadCall("give either --data, to score, or --image and --out, for a mask")
+    host, members = open_together(adapters, backbone=backbone, device=device)
+    together = Ensemble(host, adapters)
+    console.print(_escape(f"{len(adapters)} adapters on {host.backbone.spec.title}"), soft_wrap=True)
+    if data is not None:
+        dataset = _own_data(next(iter(members.values())), data)
+        for title, names in [*((name, name) for name in adapters), ("ensemble", adapters)]:
+            found = score(host, names, dataset, split)
+            figures = _round([found.get("dice", found.get("accuracy")), *found["interval"]])
+            console.print(_escape(f"{figures}  {title}"), soft_wrap=True)
+        return
+    if out is None and together.task.kind == "segment":
+        raise BadCall("say where the mask goes: --out MASK.png")
+    answer = together.predict(str(image))
+    if out is None or together.task.kind == "classify":
+        _facts(str(image), {name: _round(p) for name, p in answer.items()})
+        return
+    write_mask(out, answer)
+    console.print(f"mask written to {_escape(str(out))}", soft_wrap=True)
+
+
+def _own_data(adapter: Any, data: Path) -> Any:
+    """A data folder with the classes and the label set that `adapter` was trained on."""
+    from .training.data import load_dataset
+
+    label_set = "label" if adapter.task.kind == "classify" else adapter.provenance.get("labels", "mask")
+    return load_dataset(data, labels=label_set, classes=list(adapter.task.classes))
 
 
 @app.command()

@@ -24,7 +24,7 @@ def _shared(name: str):
 
 
 vit, swin, eva, hf_vit, dinov2 = map(_shared, ("vit", "swin", "eva", "hf_vit", "dinov2"))
-vit_tiny, swin_tiny = map(_shared, ("vit_tiny", "swin_tiny"))
+vit_tiny, swin_tiny, universeg = map(_shared, ("vit_tiny", "swin_tiny", "universeg"))
 
 
 @pytest.fixture(params=["vit", "swin"])

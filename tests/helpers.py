@@ -77,6 +77,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "eva": lambda: _from_timm(BackboneId("timm", "tiny_eva", random=True), tiny_eva(), None, 64),
     "hf_vit": lambda: load_backbone("random:hf:vit"),
     "dinov2": lambda: load_backbone("random:hf:dinov2"),
+    "universeg": lambda: load_backbone("random:universeg?widths=8,8,8", image_size=16),
     "vit_tiny": lambda: load_backbone("random:timm:vit_tiny_patch16_224", image_size=64),
     "swin_tiny": lambda: load_backbone("random:timm:swin_tiny_patch4_window7_224", image_size=64),
 }
@@ -150,6 +151,26 @@ class Case:
         return adapter(on, parts, task=self.task, seed=seed, awake=awake)
 
 
+def pairs(classes: int, *, soft: bool = False) -> dict[str, Tensor]:
+    """Three labelled images of 16 pixels a side, all classes in each."""
+    g = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, classes + 1, (3, 16, 16), generator=g)
+    shares = torch.nn.functional.one_hot(labels, classes + 1).permute(0, 3, 1, 2)[:, 1:] * 0.8
+    return {"images": torch.rand(3, 16, 16, generator=g), "labels": shares if soft else labels}
+
+
+def supported(on: Backbone, task: Task) -> dict[str, Part]:
+    """A support set for the task."""
+    return {"support": find_part("support").on(on, task, **pairs(len(task.classes)))}
+
+
+def in_context(on: Backbone, task: Task) -> dict[str, Part]:
+    """The head that reads a network's own logits out."""
+    return {"head": find_part("context_head").on(on, task)}
+
+
+IN_CONTEXT, WEIGHTS = ("universeg",), ("encoder.*", "decoder.*", "out")
+
 CASES = [
     Case("lora", "q_v", {"rank": 2}, on=("vit", "swin", "hf_vit", "eva")),
     Case("lora", "everywhere-rslora", {"rank": 3, "targets": ("*.qkv", "*.proj", "*.fc1", "*.fc2"), "rslora": True}),
@@ -163,10 +184,20 @@ CASES = [
     Case("prompt_tokens", "shallow", {"count": 3, "deep": False}, on=("vit", "hf_vit")),
     Case("tuned", "norms", {"targets": ("*.norm1", "*.norm2", "norm")}),
     Case("tuned", "biases", {"targets": ("*.qkv", "*.proj", "*.fc1"), "tensors": ("bias",)}),
+    Case("support", "one-class", pairs(1), on=IN_CONTEXT, after=in_context),
+    Case("support", "three-classes", pairs(3), task=THREE, on=IN_CONTEXT, after=in_context),
+    Case("support", "float", {**pairs(1), "storage": "float"}, on=IN_CONTEXT, after=in_context),
+    Case("support", "soft", {**pairs(3, soft=True), "soft": True}, task=THREE, on=IN_CONTEXT, after=in_context),
+    Case("context_head", "", on=IN_CONTEXT, before=supported),
+    Case("lora", "weights", {"rank": 2, "targets": WEIGHTS}, on=IN_CONTEXT, before=supported, after=in_context),
+    Case("scale_shift", "weights", {"targets": WEIGHTS}, on=IN_CONTEXT, before=supported, after=in_context),
+    Case("tuned", "weights", {"targets": ("decoder.1.*", "out")}, on=IN_CONTEXT, before=supported, after=in_context),
     Case("linear_head", "three-classes", task=THREE),
     Case("linear_head", "first-map", {"level": 0}),
     Case("classifier_head", "linear", task=LABELS),
     Case("classifier_head", "cosine", {"form": "cosine"}, task=LABELS),
+    Case("neighbours", "attention", {"samples": 12, "options": {"layers": 2}}, task=LABELS),
+    Case("neighbours", "with-probabilities", {"samples": 12, "features": "both", "classes": 4}, task=LABELS),
     Case("prompt_generator", "", after=lambda on, task: {"head": ASPPHead.on(on, task, prompt=64)}),
     Case("aspp_head", "plain", task=THREE),
     Case("aspp_head", "prompted", {"prompt": 64}, before=lambda on, task: {"prompt": PromptGenerator.on(on, task)}),

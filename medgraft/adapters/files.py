@@ -139,7 +139,9 @@ def read_together(
             if _same(handle, directory):
                 raise BadAdapter(f"{directory} has no {missing}; it holds: {_listing(directory)}") from None
             if time.monotonic() > end:
-                raise BadAdapter(f"{directory} was replaced again and again for {patience:g} s; try once more") from None
+                raise BadAdapter(
+                    f"{directory} was replaced again and again for {patience:g} s; try once more"
+                ) from None
         finally:
             os.close(handle)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,6 +20,7 @@ from ..backbones.sites import Plan, following
 from ..backbones.state import Features, State
 from ..errors import BadCall, WrongBackbone, nearest, unknown
 from ..images import read_image
+from ..pixels import bright_box, put_back
 from .adapter import Adapter
 from .graft import Fixed, Graft, Plain, fixed, folded, mixed_plan
 
@@ -138,8 +139,19 @@ class Host(nn.Module):
         """The stage before which `adapter` changes nothing: `backbone.run(x, stop=host.cut(name))` is its frozen prefix."""
         return self._graft(adapter).first
 
-    def resume(self, state: State, image: Tensor, adapter: str) -> Tensor:
-        """Logits from a state at or before `cut(adapter)`; `image` (B, C, H, W) is what the state came from."""
+    def resume(
+        self,
+        state: State,
+        image: Tensor,
+        adapter: str,
+        *,
+        remat: bool = False,
+        between: Callable[[State], State] | None = None,
+    ) -> Tensor:
+        """Logits from a state at or before `cut(adapter)`; `image` (B, C, H, W) is what the state came from.
+
+        `between` acts on the state given and on the one after every later stage (feature mixing in training). `remat` as in a call.
+        """
         graft = self._graft(adapter)
         if state.stage > graft.first:
             raise BadCall(
@@ -149,29 +161,54 @@ class Host(nn.Module):
             raise BadCall(
                 f"the state holds {state.x.shape[0]} rows, image= has {image.shape[0]}; give the images that the state came from"
             )
-        out = self._finish(state, graft, self.backbone.checked(image), False)
+        out = self._finish(state, graft, self.backbone.checked(image), remat, between)
         assert isinstance(out, Tensor)
         return out
 
-    def _advance(self, state: State, plan: Plan | None, stop: int, remat: bool) -> State:
+    def _advance(
+        self,
+        state: State,
+        plan: Plan | None,
+        stop: int,
+        remat: bool,
+        between: Callable[[State], State] | None = None,
+    ) -> State:
         """Stages up to `stop` under `plan`. A checkpointed stage enters its plan again when it is recomputed."""
 
         def one(s: State) -> State:
             with following(plan):
                 return self.backbone.stage(s)
 
+        state = state if between is None else between(state)
         while state.stage < stop:
             state = checkpoint(one, state, use_reentrant=False) if remat and torch.is_grad_enabled() else one(state)
+            state = state if between is None else between(state)  # outside the checkpoint: drawn once
         return state
 
     def _readout(self, state: State, plan: Plan | None) -> Features:
         with following(plan):
             return self.backbone.readout(state)
 
-    def _finish(self, state: State, graft: Graft | None, image: Tensor, remat: bool) -> Output:
+    def _finish(
+        self,
+        state: State,
+        graft: Graft | None,
+        image: Tensor,
+        remat: bool,
+        between: Callable[[State], State] | None = None,
+    ) -> Output:
+        n = self.backbone.rows_at_once
+        if graft is not None and n is not None and state.x.shape[0] > n and between is None:
+            starts = range(0, state.x.shape[0], n)
+            return torch.cat([self._few(state, slice(i, i + n), graft, image, remat) for i in starts])
         plan = None if graft is None else graft.plan
-        features = self._readout(self._advance(state, plan, self.backbone.depth, remat), plan)
+        features = self._readout(self._advance(state, plan, self.backbone.depth, remat, between), plan)
         return features if graft is None else graft.read(features, image)
+
+    def _few(self, state: State, rows: slice, graft: Graft, image: Tensor, remat: bool) -> Tensor:
+        out = self._finish(state.map(lambda t: t[rows]), graft, image[rows], remat)
+        assert isinstance(out, Tensor)
+        return out
 
     def _every(self, x: Tensor, grafts: Sequence[Graft | None], remat: bool) -> Outputs:
         """Each adapter from the stage in which it begins; the frozen prefix goes on from one to the next."""
@@ -238,10 +275,7 @@ class Host(nn.Module):
         assert isinstance(logits, Tensor)
         if task.kind == "classify":
             return dict(zip(task.classes, task.probabilities(logits)[0].tolist(), strict=True))
-        full = functional.interpolate(logits.float(), pixels.shape[:2], mode="bilinear", align_corners=False)
-        if probabilities:
-            return task.probabilities(full)[0].cpu().numpy()
-        return task.write(task.decide(full)[0].cpu().numpy())
+        return in_own_size(graft.adapter, logits, pixels, probabilities=probabilities)
 
     # Plain modules
 
@@ -282,6 +316,19 @@ class Host(nn.Module):
     def extra_repr(self) -> str:
         """The resident adapters."""
         return "adapters: " + (", ".join(self._grafts) or "none")
+
+
+def in_own_size(adapter: Adapter, logits: Tensor, pixels: np.ndarray, *, probabilities: bool) -> np.ndarray:
+    """What logits (1, K, h, w) of the prepared image (H, W, 3) say of it: a label map (H, W) uint8, or probabilities (K, H, W) float32."""
+    task, size = adapter.task, pixels.shape[:2]
+    box = bright_box(pixels) if adapter.preprocessing.crop else (slice(0, size[0]), slice(0, size[1]))
+    full = functional.interpolate(logits.float(), pixels[box].shape[:2], mode="bilinear", align_corners=False)
+    if not probabilities:
+        return put_back(task.write(task.decide(full)[0].cpu().numpy()), box, size)
+    found = task.probabilities(full)[0].cpu().numpy()
+    background = 1 if len(found) > 1 else 0  # how many of the channels are background
+    around = put_back(found[:background], box, size, fill=1)
+    return np.concatenate([around, put_back(found[background:], box, size)])
 
 
 def check_backbone(adapter: Adapter, backbone: Backbone, allow_mismatch: bool) -> None:

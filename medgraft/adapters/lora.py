@@ -89,7 +89,9 @@ class LoRA(Part):
         """DoRA's sites may not overlap: each norm is taken of the frozen rows. It and dropout need a linear layer."""
         kernels = [name for name in self.sites if backbone.sites[name].kind == "weights"]
         if kernels and (self.dora or self.dropout):
-            raise BadCall(f"{kernels[0]} of {backbone.spec.id} hands its weights out; LoRA acts there without dora and without dropout")
+            raise BadCall(
+                f"{kernels[0]} of {backbone.spec.id} hands its weights out; LoRA acts there without dora and without dropout"
+            )
         whole = [name for name in self.sites if backbone.sites[name].span is None] if self.dora else []
         for name in self.sites:
             port = backbone.sites[name].port

@@ -7,12 +7,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..adapters import Adapter, Part, Task
 from ..backbones import Backbone
-from ..training.data import Item
+from ..training.data import Dataset, Item
 from ..training.fit import FitOptions
+from ..training.phantoms import REGIONS, phantom
 from .registry import find_recipe
 from .run import Run
+
+
+class Drawn(Dataset):
+    """Two drawn pictures of a lesion, for recipes that make their parts of data."""
+
+    def image(self, item: Item) -> np.ndarray:
+        """(128, 128, 3) uint8."""
+        return phantom(int(item.id), scene="lesion").image
+
+    def mask(self, item: Item, labels: str | None = None) -> np.ndarray:
+        """(128, 128) uint8."""
+        return (phantom(int(item.id), scene="lesion").region == REGIONS.index("lesion")).astype(np.uint8)
 
 
 class DryRun(Run):
@@ -20,6 +35,12 @@ class DryRun(Run):
 
     caught: Mapping[str, Part]
     network: Backbone | None
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Two drawn pictures."""
+        items = tuple(Item(str(n), "train", masks={"mask": Path()}) for n in range(2))
+        return Drawn("drawn", Path(), items, classes={1: "target"})
 
     @cached_property
     def goal(self) -> Task:
@@ -39,9 +60,17 @@ class DryRun(Run):
         *,
         settings: Mapping[str, Any] | None = None,
         network: Backbone | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
-        """Keep the parts."""
+        """Catch the parts."""
         self.__dict__["caught"], self.__dict__["network"] = parts, network
+        return {}
+
+    def keep(
+        self, recipe: str, parts: Mapping[str, Part], *, settings: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Catch the parts."""
+        self.__dict__["caught"], self.__dict__["network"] = parts, None
         return {}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.data import Dataset
-from ..training.fit import has_state
+from ..training.keeper import has_state
 from ..training.matrix import Train
 from .registry import find_recipe
 from .run import Run

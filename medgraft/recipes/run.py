@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +19,26 @@ from ..adapters import Adapter, ClassifierHead, Host, LinearHead, Part, Task
 from ..adapters.aspp_head import ASPPHead
 from ..adapters.store import save_adapter
 from ..backbones import Backbone, load_backbone
-from ..errors import BadCall, BadData, MissingExtra
+from ..errors import BadCall, BadData, MissingExtra, SaveFailed
+from ..training.averaging import WeightAverage
 from ..training.cache import PrefixCache
 from ..training.data import Augment, Batches, Dataset, Item, load_dataset, sample_shots
-from ..training.fit import FitOptions, Fitted, fit, forget_state
+from ..training.fit import FitOptions, Fitted, fit
+from ..training.fuse_style import FuseStyle
+from ..training.keeper import forget_state
 from ..training.model import choose_device
 from ..training.network import save_network
 from ..training.preview import phantom_preview
 from ..training.report import curves_png, overlay_png
+from ..training.slices import Axis, Slices, pictured, slices_of
 
 NAME = "task"  # the name under which a recipe's adapter is resident while it trains
+
+AVERAGES: dict[str, WeightAverage | None] = {
+    "none": None,
+    "swa": WeightAverage("swa"),
+    "ema": WeightAverage("ema", start=0, every=1, decay=0.99),
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,15 @@ class Run:
     data, out   : the data folder, and the directory that the adapter replaces.
     backbone    : a backbone id. image_size : pixels a side (default: the backbone's own).
     task        : segment or classify. classes : only these, in this order. labels : which label set.
+    axis        : read volumes slice by slice across this axis.
     shots       : training items in all (segment) or for each class (classify); default: all.
     steps       : optimiser steps. batch : images a step.
     augment     : none, bank (a fixed bank of `views` views, which can be cached) or fresh.
+    crop        : cut off the dark border around a picture (a fundus), in training and in every later prediction.
+    blur, colour: largest blur in pixels and gain of a colour among the augmentations (cameras differ in these); 0 is off.
     cache       : keep the frozen prefix of each view: memory, a directory, or off.
+    mix         : blend styles of batch mates after stage `mix_stage` (default: the cached one, or the first): see `FuseStyle`.
+    average     : save the average of the weights along training: of the last quarter (swa), or exponentially fading (ema).
     dtype       : storage type of the saved tensors.
     """
 
@@ -51,13 +67,20 @@ class Run:
     task: Literal["segment", "classify"] = "segment"
     classes: tuple[str, ...] | None = None
     labels: str = "mask"
+    axis: Axis | None = None
     shots: int | None = None
     seed: int = 0
     steps: int | None = 400
     batch: int = 8
     augment: Literal["none", "bank", "fresh"] = "bank"
     views: int = 8
+    blur: float = 0.0
+    colour: float = 0.0
+    crop: bool = False
     cache: str = "memory"
+    mix: Literal["none", "random", "dot", "cosine"] = "none"
+    mix_stage: int | None = None
+    average: Literal["none", "swa", "ema"] = "none"
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -82,12 +105,20 @@ class Run:
         )
         if self.task == "segment" and not found.classes:
             raise BadData(f"{found.name!r} has no masks; it can be classified: --task classify")
-        return found
+        return slices_of(found, self.axis) if found.dims == 3 and self.axis else found
 
     @cached_property
     def support(self) -> list[Item]:
         """The labelled items to learn from, by shots and seed."""
         return sample_shots(self.dataset, self.shots, self.seed, task=self.task)
+
+    def learn_from(self, items: Sequence[Item]) -> None:
+        """Take these items as the support, where a recipe has a choice of its own."""
+        self.__dict__["support"] = list(items)
+
+    def work_on(self, dataset: Dataset) -> None:
+        """Take this data set, where a recipe puts one together of its own. Before anything asks for it."""
+        self.__dict__["dataset"] = dataset
 
     @cached_property
     def frozen(self) -> Backbone:
@@ -113,12 +144,11 @@ class Run:
             raise BadCall(f"head must be 'linear' or 'aspp', got {kind!r}")
         return LinearHead.on(self.frozen, self.goal) if kind == "linear" else ASPPHead.on(self.frozen, self.goal)
 
-    def batches(self) -> Batches:
-        """The training batches."""
+    def batches(self, **partial: Any) -> Batches:
+        """The training batches; `partial`, `dropout` and `balance` are those of `Batches`."""
         spec = self.frozen.spec
-        augment = (
-            None if self.augment == "none" else Augment(self.seed, views=self.views if self.augment == "bank" else None)
-        )
+        views = self.views if self.augment == "bank" else None
+        augment = None if self.augment == "none" else Augment(self.seed, views, blur=self.blur, colour=self.colour)
         return Batches(
             self.dataset,
             self.support,
@@ -129,6 +159,8 @@ class Run:
             seed=self.seed,
             augment=augment,
             task=self.task,
+            crop=self.crop,
+            **partial,
         )
 
     def prefix_cache(self, host: Host) -> PrefixCache | None:
@@ -137,6 +169,13 @@ class Run:
         if self.cache == "off" or self.augment == "fresh" or stage == 0:
             return None
         return PrefixCache(host.backbone, stage, directory=None if self.cache == "memory" else self.cache)
+
+    def style_mixing(self, cache: PrefixCache | None) -> FuseStyle | None:
+        """FuseStyle, where it is asked for: after `mix_stage`, by default as early as the cache allows, but not before stage 1."""
+        if self.mix == "none":
+            return None
+        first = max(1, 0 if cache is None else cache.stage)
+        return FuseStyle((first if self.mix_stage is None else self.mix_stage,), self.mix)
 
     # Doing it
 
@@ -148,31 +187,45 @@ class Run:
         *,
         settings: Mapping[str, Any] | None = None,
         network: Backbone | None = None,
+        batches: Batches | None = None,
+        stand_in: Mapping[str, Part] | None = None,
+        partial: Mapping[str, Any] | None = None,
+        loss: Callable[..., torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """Fit `parts` on the support and save the adapter; returns a summary (the recipe's result).
 
-        With `network`, a trainable copy of the backbone, everything is trained and a network is saved instead.
+        With `network`, a trainable copy of the backbone, everything is trained and a network is saved instead. `stand_in` are parts
+        that take the place of those of the same name while training, on `batches` of the recipe's own.
+        `partial` goes to `Run.batches`, `loss` replaces the usual one.
         """
         backbone = network or self.frozen
         provenance = self.provenance(recipe, {**(settings or {}), **asdict(options)})
         adapter = Adapter.of(backbone, self.goal, parts, provenance=provenance)
+        adapter.preprocessing = replace(adapter.preprocessing, crop=self.crop)
         adapter.to(self.where)
         host = Host(backbone)
-        host.add(adapter, NAME)
+        trained = Adapter.of(backbone, self.goal, {**parts, **stand_in}) if stand_in else adapter
+        host.add(trained, NAME)
         extra = list(network.parameters()) if network is not None else []
         cache = self.prefix_cache(host) if network is None else None
         work = self.work_folder()
         done = fit(
             host,
             NAME,
-            self.batches(),
+            batches or self.batches(**(partial or {})),
             options,
             out=work,
             resume=self.resume,
             cache=cache,
+            mix=self.style_mixing(cache),
+            average=AVERAGES[self.average],
+            loss=loss,
             extra=extra,
             quiet=self.quiet,
         )
+        if stand_in:
+            host.remove(NAME)
+            host.add(adapter, NAME)
         if network is None:
             pictures = {"preview.png": phantom_preview(host, NAME)} if self.task == "segment" else {}
             save_adapter(adapter, self.out, dtype=self.dtype, backbone=self.frozen, extra_files=pictures)
@@ -185,10 +238,29 @@ class Run:
             "trainable": adapter.trainable + sum(p.numel() for p in extra),
         }
 
+    def keep(
+        self, recipe: str, parts: Mapping[str, Part], *, settings: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Save parts that nothing trains; returns a summary."""
+        began = time.perf_counter()
+        adapter = Adapter.of(self.frozen, self.goal, parts, provenance=self.provenance(recipe, settings or {}))
+        adapter.preprocessing = replace(adapter.preprocessing, crop=self.crop)
+        host = Host(self.frozen)
+        host.add(adapter, NAME)
+        save_adapter(adapter, self.out, dtype=self.dtype, backbone=self.frozen)
+        self.draw(host, self.work_folder())
+        said = self.summary(recipe, adapter, Fitted(0, 0.0, time.perf_counter() - began, 0.0))
+        return {k: v for k, v in said.items() if k not in ("steps", "loss")} | {"kind": "adapter"}
+
     def work_folder(self) -> Path:
         """Where the log, the curves and the training state go: beside the adapter, never inside it."""
         folder = self.out.with_name(self.out.name + ".log")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as refused:
+            raise SaveFailed(
+                f"the log of a run goes to the directory {folder}, which cannot be made ({refused.strerror}); choose another --out"
+            ) from None
         return folder
 
     def finish(self, work: Path) -> None:
@@ -204,7 +276,7 @@ class Run:
         folder = work / "overlays"
         folder.mkdir(exist_ok=True)
         held_out = self.dataset.split("val") or self.dataset.split("test") or self.support
-        for item in held_out[:4]:
+        for item in pictured(held_out, 4):
             image = self.dataset.image(item)
             file = folder / f"{item.id.replace('/', '_')}.png"
             overlay_png(image, host.predict(image, NAME), self.dataset.mask(item), file, dict(self.dataset.classes))
@@ -216,10 +288,13 @@ class Run:
             "settings": dict(settings),
             "dataset": self.dataset.name,
             "labels": self.labels if self.task == "segment" else "label",
+            "axis": self.dataset.axis if isinstance(self.dataset, Slices) else None,
             "shots": len(self.support),
             "seed": self.seed,
             "batch": self.batch,
             "augment": self.augment,
+            "mix": None if self.mix == "none" else self.mix,
+            "average": None if self.average == "none" else self.average,
             "license": self.license,
             "modality": self.modality,
             "organ": self.organ,

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from ..adapters import Host, store
+from ..adapters import Host, Task, store
+from ..adapters.ensemble import Ensemble
 from ..errors import BadCall, BadData
 from .items import Dataset
 from .metrics import accuracy, auc, balanced_accuracy, bootstrap_interval, dice, iou, summarise
+from .slices import Slices, volume_scores
 
 
-def evaluate(host: Host, name: str, dataset: Dataset, split: str = "test") -> dict[str, Any]:
-    """Predict every item of `split` and compare.
+def evaluate(host: Host, name: str | Sequence[str], dataset: Dataset, split: str = "test") -> dict[str, Any]:
+    """Predict every item of `split` and compare. Several names are scored as one, their `Ensemble`.
 
     Segmentation: `dice`, `iou` (means over images of the mean over classes), `interval` (95 %, of Dice), `per_image`, `classes`, `n`.
+    Slices of volumes: `dice` and the rest by volume, `slice_dice` beside them, see `volume_scores`.
     Classification: `accuracy`, `balanced_accuracy`, `auc`, `interval` (of the accuracy), `per_image`, `n`.
     Raises BadData for an empty split, BadCall where the data set's classes are not the adapter's.
     """
-    task = host.adapters[name].task
+    together = Ensemble(host, [name] if isinstance(name, str) else name)
+    task, predict = together.task, cast(Callable[..., Any], together.predict)
+    if isinstance(name, str):
+        predict = partial(host.predict, adapter=name)
     items = dataset.split(split)
     if not items:
         raise BadData(f"{dataset.name!r} has no items in split {split!r}; splits are train, val and test")
     if task.kind == "classify":
-        return _classify(host, name, dataset, split)
+        return _classify(task, predict, dataset, split)
     own = [dataset.classes[v] for v in sorted(dataset.classes) if v]
     if list(task.classes) != own:
         raise BadCall(
             f"the adapter segments {', '.join(task.classes)}; {dataset.name!r} was loaded with {', '.join(own)}. Choose --classes {','.join(task.classes)}"
         )
+    if isinstance(dataset, Slices):
+        said = volume_scores(
+            dataset, dataset.volumes(split), lambda item: _indices(predict(dataset.image(item)), task.values)
+        )
+        return {"task": "segment", "dataset": dataset.name, "split": split, **said}
     overlap, union, per_image = [], [], []
     for item in items:
         truth = dataset.mask(item)
-        indices = _indices(host.predict(dataset.image(item), name), task.values)
+        indices = _indices(predict(dataset.image(item)), task.values)
         drawn = np.array(dataset.annotated(item))  # a class that nobody drew on this image is not scored
         overlap.append(np.where(drawn, dice(indices, truth, len(task.classes)), np.nan))
         union.append(np.where(drawn, iou(indices, truth, len(task.classes)), np.nan))
@@ -61,14 +74,13 @@ def _indices(labels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
     return table[labels]
 
 
-def _classify(host: Host, name: str, dataset: Dataset, split: str) -> dict[str, Any]:
-    task = host.adapters[name].task
+def _classify(task: Task, predict: Callable[..., Any], dataset: Dataset, split: str) -> dict[str, Any]:
     if tuple(dataset.label_names) != task.classes:
         raise BadCall(
             f"the adapter tells {', '.join(task.classes)} apart; {dataset.name!r} has {', '.join(dataset.label_names) or 'no labels'}"
         )
     items = [i for i in dataset.split(split) if i.label is not None]
-    scores = np.array([[*host.predict(dataset.image(item), name).values()] for item in items])
+    scores = np.array([[*predict(dataset.image(item)).values()] for item in items])
     truth = np.array([item.label for item in items])
     decided = scores.argmax(1)
     return {

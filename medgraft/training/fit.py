@@ -7,23 +7,25 @@ numbers of step t are drawn from (seed, t). So a run that is resumed repeats the
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..adapters import Host
-from ..errors import BadCall, BadData, Diverged, SaveFailed
+from ..errors import BadCall, Diverged
+from .averaging import RunningAverage, WeightAverage, remeasure
 from .batches import Batch, Batches
 from .cache import PrefixCache
+from .fuse_style import FuseStyle
+from .keeper import Keeper
 from .losses import classification_loss, segmentation_loss
 from .metrics import dice, image_means
 from .report import Log
@@ -35,7 +37,7 @@ Schedule = Literal["constant", "linear", "cosine", "halving"]
 class FitOptions:
     """How to optimise.
 
-    steps, lr, weight_decay, betas : AdamW.
+    steps, lr, weight_decay : AdamW, or with optimiser = "sgd" Nesterov's momentum of 0.9.
     schedule   : after `warmup` steps, constant, or down to 0 linearly or by a cosine, or halved after each quarter of the steps.
     clip       : largest gradient norm, 0 for none.
     accumulate : batches a step.
@@ -57,6 +59,7 @@ class FitOptions:
     validate_every: int = 50
     patience: int = 0
     remat: bool = False
+    optimiser: Literal["adamw", "sgd"] = "adamw"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1 or not self.lr > 0:
@@ -65,6 +68,8 @@ class FitOptions:
             )
         if self.schedule not in ("constant", "linear", "cosine", "halving") or self.precision not in ("fp32", "bf16"):
             raise BadCall(f"unknown schedule {self.schedule!r} or precision {self.precision!r}")
+        if self.optimiser not in ("adamw", "sgd"):
+            raise BadCall(f"optimiser is 'adamw' or 'sgd', got {self.optimiser!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
@@ -102,14 +107,20 @@ def fit(
     cache: PrefixCache | None = None,
     extra: Iterable[nn.Parameter] = (),
     validation: Batches | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    mix: FuseStyle | None = None,
+    average: WeightAverage | None = None,
     quiet: bool = False,
 ) -> Fitted:
     """Train the adapter `name` of `host` in place; only its parameters (and `extra`, for recipes that train a network) change.
 
-    With `out`, a JSON-lines log and the training state are kept there; `resume` goes on from that state. The adapter is in eval
-    mode afterwards. Raises Diverged at a loss or gradient that is not finite, before it touches a parameter; BadCall for a cache
-    that lies behind the adapter or an augmentation that never repeats; BadData for a state of other options.
+    `loss` is called with logits and targets and, where the labels are partial, the batch's `groups` (see `partial_losses`).
+
+    With `out`, a JSON-lines log and the training state are kept there; `resume` goes on from that state. `mix` blends styles at
+    stages that the cache does not hide. With `average` the result is an average of the weights along training; validation, patience and
+    the log speak of the weights as they are. The adapter is in eval mode afterwards. Raises Diverged at a loss or gradient that is not
+    finite, before it touches a parameter; BadCall for a cache that lies behind the adapter, an augmentation that never repeats, or
+    mixing before the cached stage; BadData for a state of other options.
     """
     adapter = host.adapters[name]
     parameters = [*adapter.parameters(), *extra]
@@ -117,9 +128,13 @@ def fit(
         raise BadCall(f"{name!r} has nothing to train")
     if cache is not None:
         _check_cache(host, name, cache, batches)
-    optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    if mix is not None:
+        mix.check(host.backbone, 0 if cache is None else cache.stage)
+    optimiser = _optimiser(parameters, options)
     loss = loss or (segmentation_loss if adapter.task.kind == "segment" else classification_loss)
-    keeper = _Keeper(out, options, batches, parameters, optimiser, list(adapter.buffers()))
+    running = None if average is None else RunningAverage(average, parameters, options.steps)
+    identity = _identity(options, batches, parameters, mix, average, loss)
+    keeper = Keeper(out, identity, parameters, list(adapter.buffers()), optimiser, running)
     step = keeper.load() if resume else 0
     log = Log(out / "log.jsonl", resume_after=step if resume else None) if out is not None else None
     smooth: float | None = None
@@ -134,9 +149,13 @@ def fit(
             while step < options.steps:
                 for group in optimiser.param_groups:
                     group["lr"] = options.rate(step)
-                value, overlap = _step(host, name, batches, options, step, cache, loss, parameters, optimiser, device)
+                value, overlap = _step(
+                    host, name, batches, options, step, cache, mix, loss, parameters, optimiser, device
+                )
                 smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
                 step += 1
+                if running is not None:
+                    running.update(step)
                 bar.update(
                     task,
                     completed=step,
@@ -161,6 +180,9 @@ def fit(
                         break
                 if step % options.keep_every == 0 or step == options.steps:
                     keeper.save(step)
+            if running is not None and running.count:  # a run stopped early may have come to no checkpoint
+                running.apply()
+                _remeasure(host, name, batches, options, cache, mix, device)
     finally:
         adapter.eval()
         if log is not None:
@@ -178,7 +200,8 @@ def _step(
     options: FitOptions,
     step: int,
     cache: PrefixCache | None,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    mix: FuseStyle | None,
+    loss: Callable[..., Tensor],
     parameters: list[nn.Parameter],
     optimiser: torch.optim.Optimizer,
     device: torch.device,
@@ -191,8 +214,9 @@ def _step(
             batch = batches.batch(step * options.accumulate + part)
             images, targets = batch.images.to(device), batch.targets.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                logits = _logits(host, name, images, batch, batches, cache, options.remat)
-            one = loss(logits, targets) / options.accumulate
+                logits = _logits(host, name, images, batch, batches, cache, mix, options.remat)
+            told = () if batch.groups is None else (batch.groups.to(device),)  # what each row's annotator told apart
+            one = loss(logits, targets, *told) / options.accumulate
             if not torch.isfinite(one):
                 raise Diverged(
                     f"the loss is {one.item()} at step {step + 1}; training stopped, the adapter holds its last good state (after step "
@@ -201,7 +225,8 @@ def _step(
             one.backward()
             value += one.item()
             if batches.task == "segment":
-                overlap = _overlap(host.adapters[name].task.decide(logits), targets, host.adapters[name].task.outputs)
+                task = host.adapters[name].task
+                overlap = _overlap(task.decide(logits), targets, task.outputs, batch.groups)
     norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
     if not torch.isfinite(norm):
         raise Diverged(
@@ -213,18 +238,65 @@ def _step(
 
 
 def _logits(
-    host: Host, name: str, images: Tensor, batch: Batch, batches: Batches, cache: PrefixCache | None, remat: bool
+    host: Host,
+    name: str,
+    images: Tensor,
+    batch: Batch,
+    batches: Batches,
+    cache: PrefixCache | None,
+    mix: FuseStyle | None,
+    remat: bool,
 ) -> Tensor:
-    if cache is None:
+    if cache is not None:
+        state = cache.states(images, [batches.digest(item) for item in batch.items], batch.views)
+        return host.resume(state, images, name, between=mix)
+    if mix is None:
         return host(images, name, remat=remat)
-    state = cache.states(images, [batches.digest(item) for item in batch.items], batch.views)
-    return host.resume(state, images, name)
+    stem = host.backbone.stem(host.backbone.checked(images))
+    return host.resume(stem, images, name, remat=remat, between=mix)
 
 
-def _overlap(decided: Tensor, targets: Tensor, outputs: int) -> float | None:
+@torch.no_grad()
+def _remeasure(
+    host: Host,
+    name: str,
+    batches: Batches,
+    options: FitOptions,
+    cache: PrefixCache | None,
+    mix: FuseStyle | None,
+    device: torch.device,
+) -> None:
+    """Batch norm under averaged weights: about one pass over the training images, as they were trained on."""
+
+    def logits(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            return _logits(host, name, batch.images.to(device), batch, batches, cache, mix, False)
+
+    pass_over = range(-(-len(batches.items) // batches.batch_size))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(options.seed, options.steps))
+        remeasure(host.adapters[name], (batches.batch(t) for t in pass_over), logits)
+
+
+def _optimiser(parameters: list[nn.Parameter], options: FitOptions) -> torch.optim.Optimizer:
+    if options.optimiser == "sgd":
+        decay = options.weight_decay
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, nesterov=True, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def _dice(decided: Tensor, targets: Tensor, outputs: int, groups: Tensor | None) -> np.ndarray:
+    """Mean Dice of each image, over the foreground classes that were annotated."""
+    table = np.stack([dice(p, t, max(outputs - 1, 1)) for p, t in zip(decided.numpy(), targets.numpy(), strict=True)])
+    if groups is not None:
+        alone = (groups[:, :, None] == groups[:, None, :]).sum(2) == 1  # a group of its own: annotated
+        table = np.where(alone[:, 1:].cpu().numpy(), table, np.nan)
+    return image_means(table)
+
+
+def _overlap(decided: Tensor, targets: Tensor, outputs: int, groups: Tensor | None = None) -> float | None:
     """Mean Dice of the batch, over images and foreground classes."""
-    pairs = zip(decided.cpu().numpy(), targets.cpu().numpy(), strict=True)
-    means = image_means([dice(p, t, max(outputs - 1, 1)) for p, t in pairs])
+    means = _dice(decided.cpu(), targets.cpu(), outputs, groups).tolist()
     return (
         None
         if all(math.isnan(m) for m in means)
@@ -243,13 +315,31 @@ def validate(host: Host, name: str, batches: Batches) -> float:
         if adapter.task.kind == "classify":
             scores += (decided == batch.targets).float().tolist()
             continue
-        pairs = zip(decided.numpy(), batch.targets.numpy(), strict=True)
-        scores += [
-            m
-            for m in image_means([dice(p, t, max(adapter.task.outputs - 1, 1)) for p, t in pairs])
-            if not math.isnan(m)
-        ]
+        means = _dice(decided, batch.targets, adapter.task.outputs, batch.groups)
+        scores += [m for m in means.tolist() if not math.isnan(m)]
     return sum(scores) / len(scores) if scores else float("nan")
+
+
+def _identity(
+    options: FitOptions,
+    batches: Batches,
+    parameters: list[nn.Parameter],
+    mix: FuseStyle | None,
+    average: WeightAverage | None,
+    loss: Callable[..., Tensor],
+) -> dict[str, Any]:
+    """What two runs must share so that one can go on where the other stopped."""
+    return {
+        **asdict(options),
+        "items": [batches.digest(item) for item in batches.items],
+        "batch": batches.batch_size,
+        "shapes": [list(p.shape) for p in parameters],
+        "augment": repr(batches.augment),
+        "labels": batches.labels,
+        "mix": repr(mix),
+        "average": repr(average),
+        "loss": getattr(loss, "__name__", repr(loss)),
+    }
 
 
 def _check_cache(host: Host, name: str, cache: PrefixCache, batches: Batches) -> None:
@@ -279,78 +369,3 @@ def _progress(quiet: bool) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, disable=quiet, transient=True)
-
-
-class _Keeper:
-    """The training state on disk: parameters, buffers, moments, step. Replaced whole."""
-
-    NAME = "training_state.pt"
-
-    def __init__(
-        self,
-        out: Path | None,
-        options: FitOptions,
-        batches: Batches,
-        parameters: list,
-        optimiser: torch.optim.Optimizer,
-        buffers: list,
-    ) -> None:
-        self.out, self.parameters, self.optimiser, self.buffers = out, parameters, optimiser, buffers
-        shapes = [list(p.shape) for p in parameters]
-        said = {
-            **asdict(options),
-            "items": [batches.digest(i) for i in batches.items],
-            "batch": batches.batch_size,
-            "shapes": shapes,
-        }
-        said["augment"] = repr(batches.augment)
-        self.run = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-    def save(self, step: int) -> None:
-        if self.out is None:
-            return
-        state: dict[str, Any] = {
-            "run": self.run,
-            "step": step,
-            "parameters": [p.detach() for p in self.parameters],
-            "buffers": list(self.buffers),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        new = self.out / f".{self.NAME}.new"
-        try:
-            torch.save(state, new)
-            os.replace(new, self.out / self.NAME)
-        except (OSError, RuntimeError) as refused:
-            new.unlink(missing_ok=True)
-            raise SaveFailed(
-                f"could not keep the training state in {self.out}: {refused}; free space and go on with --resume"
-            ) from refused
-
-    def load(self) -> int:
-        if self.out is None or not (self.out / self.NAME).is_file():
-            raise BadData(f"nothing to resume: {self.out} holds no {self.NAME}; start without --resume")
-        try:
-            state = torch.load(self.out / self.NAME, weights_only=True)
-        except Exception as broken:  # unpickling raises many types
-            raise BadData(
-                f"{self.NAME} in {self.out} cannot be read ({type(broken).__name__}); start again without --resume"
-            ) from None
-        if state["run"] != self.run:
-            raise BadData(
-                f"{self.NAME} in {self.out} belongs to a run with other options or images; resume with the same ones, or start anew"
-            )
-        with torch.no_grad():
-            for mine, kept in zip(self.parameters + self.buffers, state["parameters"] + state["buffers"], strict=True):
-                mine.copy_(kept)
-        self.optimiser.load_state_dict(state["optimiser"])
-        return int(state["step"])
-
-    @classmethod
-    def forget(cls, out: Path) -> None:
-        """Remove a finished run's training state."""
-        (out / cls.NAME).unlink(missing_ok=True)
-
-
-def forget_state(out: Path) -> None:
-    """Remove the training state of a finished run."""
-    _Keeper.forget(out)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..adapters import Adapter, Host
-from ..adapters.hub import load_adapter
+from ..adapters.hub import fetch, load_adapter
+from ..adapters.store import read_record
 from ..backbones import load_backbone
 from ..errors import BadCall
 from .network import is_network, load_network
@@ -25,6 +27,32 @@ def choose_device(device: str) -> torch.device:
         raise BadCall(
             f"device {device!r} is not to be had here ({str(refused).splitlines()[0]}); use auto or cpu"
         ) from None
+
+
+def open_together(
+    sources: Sequence[str], *, backbone: str | None = None, device: str = "auto"
+) -> tuple[Host, dict[str, Adapter]]:
+    """A host with the adapters of all `sources` resident, each under its source, on the backbone of the first or the one named.
+
+    Raises BadCall for a source named twice, WrongBackbone for adapters of several backbones.
+    """
+    twice = sorted({s for s in sources if list(sources).count(s) > 1})
+    if twice or not sources:
+        said = f"{', '.join(twice)} is named twice; name each adapter once" if twice else "name one adapter or more"
+        raise BadCall(said)
+    where = choose_device(device)
+    adapters = {source: load_adapter(source) for source in sources}
+    first = adapters[sources[0]]
+    host = Host(load_backbone(backbone or first.backbone.id, image_size=first.preprocessing.size).to(where))
+    for source, adapter in adapters.items():
+        host.add(adapter, source)
+    return host.eval(), adapters  # type: ignore[return-value]
+
+
+def stored_dtype(sources: Sequence[str]) -> str:
+    """The storage type that the adapters of all `sources` have in common, else float32."""
+    kinds = {read_record(fetch(source))["dtype"] for source in sources}
+    return kinds.pop() if len(kinds) == 1 else "float32"
 
 
 def open_model(
