@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench tables tables-full starter-table starter clean
+.PHONY: demo test test-all check bench tables tables-full starter-table starter starter-universeg clean
 
 demo: $(READY)
 	$(BIN)/medgraft demo --out demo
@@ -24,21 +24,29 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.house
+	$(BIN)/python -m benchmarks.universeg_speed
 
-# Short form of the committed tables (two cores, about half an hour); tables-full: the papers' steps.
+# Short form of the committed tables (two cores, about two hours; `make tables TABLES=in_context SHORT=` for one of them); tables-full: more
+# steps, more images, larger ones. Most keep their finished cells until the table is written, so an interrupted one goes on.
+TABLES := few_shot in_context label_dropout retina_matrix
+SHORT := soup gpt4mia
+
 tables: $(READY)
-	$(BIN)/python -m benchmarks.few_shot
+	set -e; for t in $(TABLES) $(SHORT); do $(BIN)/python -m benchmarks.$$t; done
 
 tables-full: $(READY)
-	$(BIN)/python -m benchmarks.few_shot --full
+	set -e; for t in $(TABLES); do $(BIN)/python -m benchmarks.$$t --full; done
 
 # Starter features against random ones on every pack.
 starter-table: $(READY)
 	$(BIN)/python -m benchmarks.starter
 
-# Retrains medgraft:starter-vit from nothing but its recipe.
+# Retrain the shipped weights from nothing but their recipes.
 starter: $(READY)
 	$(BIN)/python -m medgraft.recipes.starter_vit medgraft/weights/starter_vit.safetensors
+
+starter-universeg: $(READY)
+	$(BIN)/python -m medgraft.recipes.starter_universeg medgraft/weights/starter_universeg.safetensors
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
