@@ -9,19 +9,17 @@ structure. The loss is soft Dice and cross-entropy. What it learns is to compare
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import load_backbone
 from ..errors import BadCall, Diverged
 from ..training.synthetic_tasks import episode
-from .script import main
+from .script import keep, main, ship
 
 SHOTS = (1, 2, 3, 4, 6, 8, 12, 16)
 SHOTS_WEIGHTS = (1, 2, 2, 3, 2, 2, 1, 1)
@@ -100,14 +98,11 @@ def starter_universeg(
             shown = []
         if (step + 1) % save_every == 0 and step + 1 < steps:
             state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            keep(state, checkpoint)
 
     facts = {"name": "medgraft:starter-universeg", "trained_on": "synthetic tasks only", "license": "Apache-2.0"}
     facts |= {"steps": str(steps), "batch": str(batch), "seed": str(seed), "lr": str(lr)}
-    weights = {name: t.to(torch.float16).contiguous() for name, t in network.state_dict().items()}
-    out.with_suffix(".part").write_bytes(save(weights, metadata=facts))
-    os.replace(out.with_suffix(".part"), out)
+    ship(network.state_dict(), out, facts)
     checkpoint.unlink(missing_ok=True)
     return out
 

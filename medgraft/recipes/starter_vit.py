@@ -12,21 +12,19 @@ what few-shot segmentation needs. The reader is thrown away; the backbone is sav
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BadCall, Diverged
 from ..training.phantoms import REGIONS, TEXTURES, phantom
-from .script import main
+from .script import keep, main, ship
 
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 128,
@@ -136,15 +134,12 @@ def starter_vit(
         if (step + 1) % save_every == 0 and step + 1 < steps:
             state = {"backbone": backbone.state_dict(), "reader": reader.state_dict(), "step": step + 1}
             state |= {name: optimiser.state_dict() for name, optimiser in optimisers.items()}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            keep(state, checkpoint)
 
     facts = {"name": "medgraft:starter-vit", "trained_on": "procedural phantoms only", "normalise": "mean .5, std .5"}
     facts |= {"steps": str(steps), "batch": str(batch), "seed": str(seed), "lr": str(lr), "license": "Apache-2.0"}
     facts |= {"architecture": json.dumps(ARCHITECTURE)}
-    weights = {name: tensor.to(torch.float16).contiguous() for name, tensor in backbone.state_dict().items()}
-    out.with_suffix(".part").write_bytes(save(weights, metadata=facts))
-    os.replace(out.with_suffix(".part"), out)
+    ship(backbone.state_dict(), out, facts)
     checkpoint.unlink(missing_ok=True)
     return out
 
