@@ -55,7 +55,7 @@ def _facts(title: str, rows: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in rows.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(key, _escape(shown))
+        table.add_row(_escape(key), _escape(shown))
     console.print(table)
 
 
@@ -511,16 +511,24 @@ def list_all() -> None:
     from .recipes import RECIPES
 
     _facts("recipes", {name: r.summary for name, r in sorted(RECIPES.items())})
-    _facts("parts", {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(PARTS.items())})
+    _facts("parts", {name: _said_of(cls) for name, cls in sorted(PARTS.items())})
     _facts(
         "backbones",
         {
             "medgraft:starter-vit": "a small ViT that ships with the package (trained on drawn images)",
+            "medgraft:starter-universeg": "a UniverSeg that ships with the package (trained on synthetic tasks)",
+            "universeg:PATH": "the authors' UniverSeg checkpoint, or one of other widths",
             "timm:NAME[@file]": "vit_*, deit*, DINOv2, DINOv3 and swin_* of timm, weights from the hub or a file",
             "hf:ORG/NAME[@dir]": "ViT, DINO and DINOv2 checkpoints of transformers",
             "random:...": "any of them with random weights, for tests: random:timm:NAME?seed=0",
         },
     )
+
+
+def _said_of(part: type) -> str:
+    """The first sentence of a part's docstring, or of its file's where it only points there."""
+    own, file = (" ".join((doc or "").split()) for doc in (part.__doc__, sys.modules[part.__module__].__doc__))
+    return (file if own.startswith("See the top") else own).partition(". ")[0].rstrip(".")
 
 
 # Sharing adapters
