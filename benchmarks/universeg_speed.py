@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,20 @@ def _peak(way: str, shots: int, queries: int, out: Any) -> None:
     small = inputs(1)
     with torch.no_grad():
         model.segment(*small)  # libraries loaded, pools warm
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _memory("VmRSS")
         if way == "published":
             published(model.network, x, images, labels)
         elif way == "kept":
             model.answer(x, Context(images[0], labels))
         else:
             model.segment(x, images, labels)
-    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    out.put(_memory("VmHWM") - before)
+
+
+def _memory(field: str) -> float:
+    """MiB of this process by /proc: resident now (VmRSS), or the most it ever was (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def peak(way: str, shots: int, queries: int = 1) -> float:
