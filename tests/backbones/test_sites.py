@@ -211,7 +211,10 @@ def test_patterns_cross_dots_and_keep_the_order_of_the_network(on: Backbone) -> 
             ("'*.attn.kqv'", "near misses", "attn.qkv", "medgraft explain"),
         ),
         (lambda on: LoRA.on(on, ONE, targets=("*.attn.q", "*.atn.v")), ("'*.atn.v'", "near misses")),
-        (lambda on: LoRA.on(on, ONE, targets="*.mlp"), ("matches only branch sites", ".mlp", "acts on linear, weights sites")),
+        (
+            lambda on: LoRA.on(on, ONE, targets="*.mlp"),
+            ("matches only branch sites", ".mlp", "acts on linear, weights sites"),
+        ),
         (lambda on: LoRA.on(on, ONE, targets="norm"), ("matches only norm sites", "'norm'")),
         (lambda on: LoRA.on(on, ONE, targets=()), ("targets", "empty")),
         (lambda on: Bottleneck.on(on, ONE, targets="*.fc1"), ("matches only linear sites", "branch")),
