@@ -162,7 +162,9 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> logits."""
-        x, n = self.backbone.checked(x), self.backbone.rows_at_once or max(x.shape[0], 1)
+        x, n = self.backbone.checked(x), self.backbone.rows_at_once
+        if n is None:  # no loop over rows in an exported graph
+            return self._graft.read(self.backbone(x), x)
         return torch.cat([self._graft.read(self.backbone(some), some) for some in x.split(n)])
 
 
