@@ -12,6 +12,7 @@ by image, in the images' own sizes. Cells are kept in results/.retina_matrix unt
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -174,7 +175,8 @@ def report(found: Mapping[str, Matrix], args: argparse.Namespace, seconds: float
         "",
     ]
     text += [*style_text(style), "", f"{footer(whole)} All cells: {seconds / 60:.0f} minutes."]
-    write(args.name, whole, "\n".join(text))
+    here = json.loads(json.dumps(whole).replace(f"{RESULTS.resolve()}/", ""))  # results name no folder of this machine
+    write(args.name, here, "\n".join(text))
     rows = records["full"]["rows"]
     panels = {
         f"{titles[m].partition(' (')[0]}: {measure}": np.nanmean(values(records[m], CLASS, key)[: len(rows)], -1)
