@@ -144,9 +144,6 @@ class Support(Part):
         """The reason."""
         return "the network answers from its support set"
 
-    def check(self, backbone: Backbone) -> None:
-        """Nothing beyond the site."""
-
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors in. Raises BadAdapter where the pictures among them cannot be decoded."""
         super().load_tensors(tensors)
