@@ -1,11 +1,17 @@
 """From pixels to what a backbone takes, in one place for training and prediction.
 
 prepare:  uint8 (H, W, 3) -> [0, 1] -> bilinear, antialiased, to (3, S, S) -> (x - mean) / std
+
+`fit` says how a picture becomes a square. "stretch": both sides to S. "pad": the longer side to S, the aspect kept, and the square
+filled up to the right and below with the mean colour, which is 0 after normalisation (SAM's way). A picture of more than `LARGE`
+pixels is first averaged down to 4,096 a side, so that memory stays bounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,13 +21,66 @@ from torchvision.transforms.v2 import functional as tv
 
 from .errors import BadCall
 
+Fit = Literal["stretch", "pad"]
+LARGE, LARGE_SIDE = 1 << 24, 4096
 
-def to_tensor(image: np.ndarray, size: int) -> Tensor:
-    """uint8 (H, W, 3) to float32 (3, size, size) in [0, 1]; the aspect ratio is not kept. Raises `BadCall`."""
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a picture of `size` (H, W) lies in a square: its part `box`, resized to `inside` (h, w) pixels, at the top left."""
+
+    size: tuple[int, int]
+    box: tuple[slice, slice]
+    inside: tuple[int, int]
+    square: int
+
+    @staticmethod
+    def of(image: np.ndarray, square: int, fit: Fit = "stretch", *, crop: bool = False) -> Frame:
+        """The frame of an image (H, W, ...); `crop` leaves out its dark border."""
+        h, w = image.shape[:2]
+        box = bright_box(image) if crop else (slice(0, h), slice(0, w))
+        return Frame((h, w), box, fitted((box[0].stop - box[0].start, box[1].stop - box[1].start), square, fit), square)
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of the square for each pixel of the picture, by x and by y."""
+        rows, columns = self.box
+        return self.inside[1] / (columns.stop - columns.start), self.inside[0] / (rows.stop - rows.start)
+
+
+def fitted(size: tuple[int, int], square: int, fit: Fit) -> tuple[int, int]:
+    """The sides (h, w) that a picture of `size` (H, W) takes in a square: at least one pixel each. Raises `BadCall`."""
+    if fit not in ("stretch", "pad"):
+        raise BadCall(f"a picture is fitted into a square by 'stretch' or 'pad', got {fit!r}")
+    if fit == "stretch":
+        return square, square
+    longer = max(size)
+    return max(1, round(size[0] * square / longer)), max(1, round(size[1] * square / longer))
+
+
+def to_tensor(image: np.ndarray, size: int, fit: Fit = "stretch", fill: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, size, size) in [0, 1], padded with the colour `fill` where `fit` is "pad". Raises `BadCall`."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise BadCall(f"an image is uint8 (H, W, 3), got {image.dtype} {image.shape}; read it with read_image")
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
-    return tv.resize(x, square(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+    square(size)
+    h, w = fitted((image.shape[0], image.shape[1]), size, fit)
+    x = torch.from_numpy(np.ascontiguousarray(_bounded(image))).permute(2, 0, 1).float() / 255
+    x = tv.resize(x, [h, w], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    if (h, w) == (size, size):
+        return x
+    whole = x.new_tensor(fill)[:, None, None].repeat(1, size, size)
+    whole[:, :h, :w] = x
+    return whole
+
+
+def _bounded(image: np.ndarray) -> np.ndarray:
+    """The image, averaged down in whole steps where it is larger than `LARGE`."""
+    h, w = image.shape[:2]
+    if h * w <= LARGE:
+        return image
+    from PIL import Image
+
+    return np.array(Image.fromarray(image).reduce(-(-max(h, w) // LARGE_SIDE)))
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -31,9 +90,9 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return tv.normalize(x, list(mean), list(std))
 
 
-def prepare(image: np.ndarray, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def prepare(image: np.ndarray, size: int, mean: Sequence[float], std: Sequence[float], fit: Fit = "stretch") -> Tensor:
     """uint8 (H, W, 3) to the normalised float32 (3, size, size) that a backbone takes. Raises `BadCall`."""
-    return normalise(to_tensor(image, size), mean, std)
+    return normalise(to_tensor(image, size, fit, mean), mean, std)
 
 
 def bright_box(image: np.ndarray) -> tuple[slice, slice]:

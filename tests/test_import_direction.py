@@ -10,7 +10,19 @@ import pytest
 import medgraft
 
 ROOT = Path(medgraft.__file__).parent
-ORDER = ["errors", "pixels", "images", "kernels", "backbones", "adapters", "training", "recipes", "cli"]
+ORDER = [
+    "errors",
+    "pixels",
+    "images",
+    "volumes",
+    "voxels",
+    "kernels",
+    "backbones",
+    "adapters",
+    "training",
+    "recipes",
+    "cli",
+]
 FREE = {"__init__", "__main__"}  # the front door collects from everywhere
 
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
@@ -46,7 +58,7 @@ def test_every_layer_has_its_place() -> None:
 
 @pytest.mark.parametrize("file", [f for f in FILES if layer(f) not in FREE], ids=str)
 def test_imports_point_one_way(file: Path) -> None:
-    assert not uphill(file, (ROOT / file).read_text())
+    assert not uphill(file, (ROOT / file).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +85,11 @@ def test_nothing_imports_a_peer_or_the_hub_at_the_top() -> None:
     """`import medgraft` stays light: peft, the hub and the plotting stack are imported where they are used."""
     heavy = {"peft", "matplotlib", "nibabel", "gradio", "pandas", "sklearn", "einops"}
     for file in FILES:
-        top = [n for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        top = [
+            n
+            for n in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            if isinstance(n, ast.Import | ast.ImportFrom)
+        ]
         roots = {a.name.split(".")[0] for n in top if isinstance(n, ast.Import) for a in n.names}
         roots |= {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom) and not n.level}
         assert not roots & heavy, file
