@@ -1,48 +1,201 @@
-"""Many low-rank adapters in one batch, one for each row of the batch.
+"""Many low-rank adapters in one batch, one for each image.
 
     y_i = x_i W^T + b + s_k (x_i A_k^T) B_k^T      with k = ids[i], and no second term where ids[i] = -1
 
-All factors are stacked: one product shrinks every row by every A, a mask keeps each row's own slot, one product expands.
-Cost grows with the sum of ranks, not with the way in which the ids are spread over the rows.
+Three arrangements of the same function; M rows, K columns in, N out, sum of ranks R:
+  by runs  consecutive images with one adapter at a time, added in place: what one adapter for all would cost (CPU)
+  gathered every image's own A_k and B_k side by side, two batched products (other devices, any number of adapters)
+  slots    [x | u] [W | B_1 | .. | B_n]^T + b: one library product on K + R columns, behind the Triton kernel of `shrink`
+
+A change of adapters is a change of `ids`; which images have which costs nothing on the last two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadCall
+from .door import Path
+from .lora_linear import flat, given, lora_path, operands, shrunk, thawed
+from .shrink import beside, shrink
+
+Factors = Sequence[tuple[Tensor, Tensor, float]]
+"""One (A (R_k, K), B (N, R_k), s_k) a slot."""
 
 
-def mixed_lora_linear(
-    x: Tensor,
-    base: Tensor,
-    factors: Sequence[tuple[Tensor, Tensor, float]],
-    ids: Tensor,
+def mixed_lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, ids: Tensor
 ) -> Tensor:
-    """Add each row's low-rank term to `base`, the frozen layer's output.
+    """`mixed_lora_linear` image by image: the definition. It has a gradient for every input."""
+    rows = _rows_an_image(x, ids)
+    images = functional.linear(x, weight, bias).split(rows)
+    out = []
+    for y, own, k in zip(images, x.split(rows), ids.tolist(), strict=True):
+        if k >= 0:
+            a, b, scale = factors[k]
+            y = y + scale * functional.linear(functional.linear(own, a.to(x.dtype)), b.to(x.dtype))
+        out.append(y)
+    return torch.cat(out)
 
-    x       : (B', ..., K), where B' is a multiple of len(ids): an image's rows, such as its windows, are consecutive.
-    base    : (B', ..., N).
-    factors : one (A (R_k, K), B (N, R_k), s_k) a slot; ranks may differ.
-    ids     : (B,) int64, the slot of each image, -1 for none.
 
-    Raises BadCall for rows that cannot be shared out among the images.
+def mixed_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, ids: Tensor) -> Tensor:
+    """(B', ..., K) -> (B', ..., N), computed in x's dtype, or in autocast's.
+
+    B' is a multiple of the number of images len(ids): an image's rows, such as its windows, are consecutive. Ranks may differ.
+    ids (images,) int64 names each one's slot in `factors`, -1 none. Gradients flow to x and the factors; where weight or bias want one too, the definition
+    is used. Raises BadCall for rows that cannot be shared out among the images.
     """
+    _rows_an_image(x, ids)
+    x, weight, bias = operands(x, weight, bias)
+    if thawed(weight, bias):
+        return mixed_lora_linear_reference(x, weight, bias, factors, ids)
+    a = torch.cat([a for a, _, _ in factors]).to(x.dtype)
+    b = torch.cat([b * scale for _, b, scale in factors], 1).to(x.dtype)
+    y = torch.ops.medgraft.mixed_lora_linear(flat(x), weight, bias, a, b, ids, [len(a) for a, _, _ in factors])
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def mixed_lora_path(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> Path:
+    """Whether slots are taken for x (..., K) at this weight (N, K), and why."""
+    return lora_path(x, weight, sum(ranks))
+
+
+def by_runs(x: Tensor) -> bool:
+    """Whether images are gone through: reading `ids` costs nothing on a CPU; elsewhere it would wait for the device."""
+    return x.device.type == "cpu"
+
+
+def _rows_an_image(x: Tensor, ids: Tensor) -> int:
     if x.shape[0] % ids.shape[0]:
         raise BadCall(
             f"{x.shape[0]} rows at this layer are no multiple of the {ids.shape[0]} images; adapters cannot be told apart there"
         )
-    dtype = base.dtype
-    a = torch.cat([a for a, _, _ in factors]).to(dtype)
-    b = torch.cat([b * scale for _, b, scale in factors], 1).to(dtype)
-    owner = torch.cat([torch.full((f[0].shape[0],), k, device=ids.device) for k, f in enumerate(factors)])
-    foreign = ids[:, None] != owner[None]  # (B, sum of ranks)
-    u = functional.linear(x, a)
-    foreign = foreign.repeat_interleave(u.shape[0] // ids.shape[0], 0)
-    # Filled, not multiplied: another adapter's overflow times zero would be NaN.
-    u = u.masked_fill(foreign.view(u.shape[0], *([1] * (u.ndim - 2)), -1), 0)
-    return torch.addmm(base.flatten(0, -2), u.flatten(0, -2), b.t()).view(base.shape)
+    return x.shape[0] // ids.shape[0]
+
+
+def _runs(ids: Tensor, ranks: Sequence[int], rows: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of consecutive images with one adapter, and that adapter's columns. `rows` an image."""
+    first = 0
+    for k, run in groupby(ids.tolist()):
+        after = first + rows * len(list(run))
+        if k >= 0:
+            start = sum(ranks[:k])
+            yield slice(first, after), slice(start, start + ranks[k])
+        first = after
+
+
+@cache
+def _owner(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """The slot of every column, (R,) int64."""
+    return torch.tensor([k for k, rank in enumerate(ranks) for _ in range(rank)], device=device)
+
+
+@cache
+def _columns(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """The columns of every slot, (n + 1, largest rank) int64, filled up with R; the last row, for no slot, is all R."""
+    starts, none, most = [sum(ranks[:k]) for k in range(len(ranks))], sum(ranks), max(ranks, default=0)
+    rows = [[start + j if j < r else none for j in range(most)] for start, r in zip(starts, ranks, strict=True)]
+    return torch.tensor([*rows, [none] * most], dtype=torch.int64, device=device)
+
+
+def _images(t: Tensor, ids: Tensor) -> Tensor:
+    """(M, C) as (images, rows of an image, C)."""
+    return t.view(len(ids), len(t) // len(ids), t.shape[1])
+
+
+def _gathered(t: Tensor, own: Tensor) -> Tensor:
+    """Rows `own` (images, r) of t (R, C), row R being zero: (images, r, C)."""
+    return functional.pad(t, (0, 0, 0, 1))[own]
+
+
+def _summed(t: Tensor, own: Tensor, rank: int) -> Tensor:
+    """The opposite: t (images, r, C) added up into (R, C), in one product, so that the order is always the same."""
+    slots = functional.one_hot(own.flatten(), rank + 1).to(t.dtype)
+    return (slots.t() @ t.flatten(0, 1))[:rank]
+
+
+# The operator
+
+
+@torch.library.custom_op("medgraft::mixed_lora_linear", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int]
+) -> Tensor:
+    """(M, K) -> (M, N) with a (R, K) and b (N, R) of all slots, the scales in b."""
+    with torch.autocast(x.device.type, enabled=False):
+        if mixed_lora_path(x, weight, ranks).fused:
+            owner = _owner(tuple(ranks), x.device)
+            return functional.linear(shrink(x, a, ids=ids, owner=owner), beside(weight, b), bias)
+        y = functional.linear(x, weight, bias)
+        if by_runs(x):
+            for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
+                y[rows].addmm_(shrunk(x[rows], a[cols]), b[:, cols].t())
+        else:
+            own = _columns(tuple(ranks), x.device)[ids]
+            _images(y, ids).baddbmm_(_images(x, ids) @ _gathered(a, own).mT, _gathered(b.t(), own))
+        return y
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("medgraft::mixed_lora_linear_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int], wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
+    with torch.autocast(x.device.type, enabled=False):
+        dy = dy.contiguous()
+        dx = dy @ weight if wanted[0] else None
+        if not by_runs(x):
+            own = _columns(tuple(ranks), x.device)[ids]
+            xs, dys = _images(x, ids), _images(dy, ids)
+            own_a, own_b = _gathered(a, own), _gathered(b.t(), own)
+            du = dys @ own_b.mT
+            if dx is not None:
+                _images(dx, ids).baddbmm_(du, own_a)
+            da = _summed(du.mT @ xs, own, len(a)) if wanted[1] else None
+            db = _summed((xs @ own_a.mT).mT @ dys, own, len(a)).t() if wanted[2] else None
+            return given(x, dx, da, db)
+        da, db = torch.zeros_like(a), b.new_zeros(b.shape[::-1]).t()
+        for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
+            du = dy[rows] @ b[:, cols]
+            if dx is not None:
+                dx[rows].addmm_(du, a[cols])
+            if wanted[1]:
+                da[cols].addmm_(du.t(), x[rows])
+            if wanted[2]:
+                db.t()[cols].addmm_(shrunk(x[rows], a[cols]).t(), dy[rows])
+    return given(x, dx, da if wanted[1] else None, db if wanted[2] else None)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int], wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, da, db = x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape[::-1]).t()
+    return given(x, dx if wanted[0] else None, da if wanted[1] else None, db if wanted[2] else None)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, a, b, ids, ctx.ranks = inputs
+    ctx.save_for_backward(x, weight, a, b, ids)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    found = torch.ops.medgraft.mixed_lora_linear_backward(dy, *ctx.saved_tensors, ctx.ranks, wanted)
+    dx, da, db = (t if w else None for t, w in zip(found, wanted, strict=True))
+    return dx, None, None, da, db, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

@@ -12,8 +12,10 @@ So nothing of shape (S, 2C, H, W) is built, c and q are computed once a query, a
 v_i has few channels (image and label) the two convolutions of t_i are one of 5x5, except on the outermost ring of pixels, where the
 zero padding between them shows.
 
-Shapes: u, m, c, q (..., C, H, W); v, t (..., S, C, H, W); leading axes broadcast, so one support serves many queries uncopied. Any
-float dtype; sums over the support are float32 or wider.
+`support_epilogue` does what is left of v'_i.
+
+Shapes: u, m, c, q (..., C, H, W); v, t (..., S, C, H, W); leading axes broadcast, so one support serves many queries
+uncopied. Any float dtype.
 
 Source: Butoi et al. 2023, UniverSeg (ICCV), section 3.2, in the form of the released code.
 """
@@ -22,11 +24,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-SLOPE = 0.01
+from .support_epilogue import SLOPE
 
 
 class CrossWeights(NamedTuple):
@@ -38,14 +39,6 @@ class CrossWeights(NamedTuple):
     target_bias: Tensor
     support: Tensor
     support_bias: Tensor
-
-
-class Mixed(NamedTuple):
-    """One chunk of the support behind a block: its maps, the maps max-pooled by 2 (or None), and the sum of the maps over it."""
-
-    maps: Tensor
-    pooled: Tensor | None
-    total: Tensor
 
 
 def query_term(u: Tensor, w: CrossWeights) -> Tensor:
@@ -71,25 +64,6 @@ def support_term(v: Tensor, w: CrossWeights) -> Tensor:
     if 25 * few >= 9 * (few + middle) or min(v.shape[-2:]) < 3:
         return _conv(_conv(v, first), w.support)
     return _two_in_one(v, first, w.support)
-
-
-def support_epilogue(t: Tensor, q: Tensor, *, pool: bool, fresh: bool) -> Mixed:
-    """v'_i = f(t_i + q), pooled where asked, and their sum over the chunk. A `fresh` t, which nobody reads again, is written over."""
-    q = q.unsqueeze(-4)
-    in_place = fresh and t.shape == torch.broadcast_shapes(t.shape, q.shape) and t.dtype == q.dtype
-    maps = functional.leaky_relu_(t.add_(q) if in_place else t + q, SLOPE)
-    return Mixed(maps, pool2(maps) if pool else None, support_sum(maps))
-
-
-def pool2(maps: Tensor) -> Tensor:
-    """The largest of every 2 x 2 pixels; sides are even. Rows first: on a CPU several times as fast as max_pool2d."""
-    rows = torch.maximum(maps[..., ::2, :], maps[..., 1::2, :])
-    return torch.maximum(rows[..., ::2], rows[..., 1::2])
-
-
-def support_sum(maps: Tensor) -> Tensor:
-    """The sum over S, in float32 or wider."""
-    return maps.sum(-4, dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,17 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medgraft.kernels.support_mix import (
-    SLOPE,
-    CrossWeights,
-    Mixed,
-    query_term,
-    support_epilogue,
-    support_shift,
-    support_sum,
-    support_term,
-    target_path,
-)
+from medgraft.kernels.support_epilogue import SLOPE, Mixed, support_epilogue, support_sum
+from medgraft.kernels.support_mix import CrossWeights, query_term, support_shift, support_term, target_path
 from tests.helpers import close
 
 Block = tuple[Tensor, Tensor, Tensor]

@@ -1,0 +1,55 @@
+"""Every shipped configuration compiles for the chips that it is for, without a spill, within the chip. No GPU is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from medgraft.kernels.door import ARCHITECTURES
+from tests.kernels.compiling import LAUNCHES, faults, measured
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def wrong(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Faults by kernel."""
+    assert rows
+    return {f"{row['case']}, {row['kernel']}": found for row in rows if (found := faults(row))}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_of_sam_compiles_without_a_spill(arch: int) -> None:
+    rows = measured("relpos_attention", arch, "64x64")
+    assert not wrong(rows)
+    if arch == 90:
+        assert all(row["wgmma"] for row in rows if "64x64 in 64x64" in row["case"])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("operation", [name for name in LAUNCHES if name != "relpos_attention"])
+def test_it_compiles_without_a_spill(operation: str, arch: int) -> None:
+    assert not wrong(measured(operation, arch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_on_other_grids_compiles_without_a_spill(arch: int) -> None:
+    assert not wrong(measured("relpos_attention", arch))
+
+
+def test_faults_are_seen() -> None:
+    good = {
+        "arch": 90,
+        "stack": 0,
+        "spill": 0,
+        "smem": 1000,
+        "regs": 128,
+        "warps": 8,
+        "matrix": True,
+        "wgmma": 4,
+        "mma": 0,
+    }
+    assert faults(good) == []
+    for bad in ({"stack": 8}, {"spill": 1}, {"smem": 300_000}, {"regs": 255, "warps": 16}, {"wgmma": 0}):
+        assert len(faults(good | bad)) == 1
