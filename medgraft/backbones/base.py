@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadCall
 from .identity import digest
+from .prompts import Prompts
 from .sites import Operation, Owner, Plan, Port, Site, following, install
 from .state import Features, State
 
@@ -30,6 +32,12 @@ class Spec:
     mean, std   : per channel, of inputs in [0, 1].
     width       : channels of the last feature map.
     widths, strides : channels and stride of every map that the readout gives.
+    fit         : how a picture becomes a square: stretched, or scaled and padded to the right and below (SAM).
+    dims        : spatial axes of an input: 2 for images, 3 for volumes, whose `image_size` is the side of a patch in voxels.
+    bottom      : positions that the coarsest level needs at least (a norm over one position is zero); see `fitting`.
+    axcodes     : the orientation of volumes that the weights were trained in, by where each axis points, such as "LIA".
+    spacing     : the voxel spacing that they were trained at, in mm, one number an axis.
+    intensity   : the rule that maps their intensities to [0, 1], as volumes.py states it, such as ("percentiles", 2.0, 98.0).
     """
 
     id: str
@@ -45,6 +53,18 @@ class Spec:
     strides: tuple[int, ...]
     channels: int = 3
     commit: str | None = None
+    fit: Literal["stretch", "pad"] = "stretch"
+    dims: int = 2
+    bottom: int = 1
+    axcodes: str | None = None
+    spacing: tuple[float, ...] | None = None
+    intensity: tuple[str, float, float] | None = None
+
+    def fitting(self, space: Sequence[int]) -> tuple[int, ...]:
+        """The smallest legal size that holds `space`: sides rounded up to the divisor, the last one further where `bottom` asks for it."""
+        size = [max(-(-side // self.divisor), 1) for side in space]
+        size[-1] = max(size[-1], -(-self.bottom // math.prod(size[:-1])))
+        return tuple(side * self.divisor for side in size)
 
     @property
     def title(self) -> str:
@@ -82,7 +102,7 @@ class Backbone(nn.Module):
     """Rows of a batch that an adapter's stages are run for at a time, where a family's activations a row are large; None: all."""
 
     def stem(self, x: Tensor) -> State:
-        """(B, C, H, W) -> the state before stage 1."""
+        """(B, C, *space) -> the state before stage 1. `space` is (H, W), or (D, H, W) for volumes."""
         raise NotImplementedError
 
     def stage(self, state: State) -> State:
@@ -96,10 +116,16 @@ class Backbone(nn.Module):
     def _sites(self) -> list[Site]:
         raise NotImplementedError
 
+    def prompted(self, state: State, prompts: Prompts) -> State:
+        """The state with prompts beside it, for families with a promptable decoder. Raises BadCall where there is none."""
+        raise BadCall(
+            f"{self.spec.id} takes no prompts: it has no promptable decoder; leave prompts= away, or use a SAM"
+        )
+
     # What every backbone does
 
     def run(self, x: Tensor | State, *, start: int | None = None, stop: int | None = None) -> Features | State:
-        """Run from an image batch (B, C, H, W) or from a state, to the features or, with `stop`, to the state after that stage.
+        """Run from an image batch (B, C, *space) or from a state, to the features or, with `stop`, to the state after that stage.
 
         `start`, where given, must be the stage at which the state stands: it is a check, not a choice.
         Raises BadCall for another start, a stop that lies behind, or a batch that does not fit.
@@ -117,23 +143,27 @@ class Backbone(nn.Module):
         return self.readout(state) if stop is None else state
 
     def forward(self, x: Tensor) -> Features:
-        """(B, C, H, W) -> Features."""
+        """(B, C, *space) -> Features."""
         features = self.run(x)
         assert isinstance(features, Features)
         return features
 
     def checked(self, x: Tensor) -> Tensor:
-        """`x` as the stem wants it: (B, C, H, W), floating point, sides that fit, one channel repeated where three are needed."""
-        want = f"(B, {self.spec.channels}, H, W) with H and W divisible by {self.spec.divisor}"
+        """`x` as the stem wants it: (B, C, *space), floating point, sides that fit, one channel repeated where three are needed."""
+        spec, axes = self.spec, ("D", "H", "W")[-self.spec.dims :]
+        want = f"(B, {spec.channels}, {', '.join(axes)}) with {', '.join(axes[:-1])} and {axes[-1]} divisible by {spec.divisor}"
         if not isinstance(x, Tensor):
-            raise BadCall(f"{self.spec.id} wants a tensor {want}, got a {type(x).__name__}")
-        if x.ndim != 4 or not x.is_floating_point():
-            raise BadCall(f"{self.spec.id} wants a floating-point batch {want}, got {tuple(x.shape)} {x.dtype}")
-        if x.shape[1] == 1 and self.spec.channels == 3:
-            x = x.expand(-1, 3, -1, -1)
-        bad_side = x.shape[2] % self.spec.divisor or x.shape[3] % self.spec.divisor or not x.shape[2] or not x.shape[3]
-        if x.shape[1] != self.spec.channels or bad_side:
-            raise BadCall(f"{self.spec.id} wants {want}, got {tuple(x.shape)}; resize or pad the images first")
+            raise BadCall(f"{spec.id} wants a tensor {want}, got a {type(x).__name__}")
+        if x.ndim != 2 + spec.dims or not x.is_floating_point():
+            raise BadCall(f"{spec.id} wants a floating-point batch {want}, got {tuple(x.shape)} {x.dtype}")
+        if x.shape[1] == 1 and spec.channels == 3:
+            x = x.expand(-1, 3, *x.shape[2:])
+        space = tuple(x.shape[2:])
+        if x.shape[1] != spec.channels or spec.fitting(space) != space:
+            few = f", {spec.bottom} or more positions at the coarsest level" if spec.bottom > 1 else ""
+            raise BadCall(
+                f"{spec.id} wants {want}{few}, got {tuple(x.shape)}; resize or pad the {'images' if spec.dims == 2 else 'volumes'} first"
+            )
         own = self._first_tensor
         if x.device != own.device or (x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type)):
             raise BadCall(
@@ -170,11 +200,16 @@ class Backbone(nn.Module):
             return look
 
         plan = Plan(self.owner, {site.port: seer(site.port) for site in self.sites.values()})
+        with torch.no_grad(), following(plan):
+            self._probe()
+        return frozenset(seen)
+
+    def _probe(self) -> None:
+        """One small forward through everything that has a port."""
         p = next(self.parameters())
         side = self.probe_side
-        with torch.no_grad(), following(plan):
-            self.run(torch.zeros(1, self.spec.channels, side, side, device=p.device, dtype=p.dtype))
-        return frozenset(seen)
+        space = self.spec.fitting([side] * self.spec.dims)
+        self.run(torch.zeros(1, self.spec.channels, *space, device=p.device, dtype=p.dtype))
 
     @property
     def probe_side(self) -> int:

@@ -34,11 +34,12 @@ def digest(module: nn.Module) -> str:
     return fingerprint([*module.named_parameters(), *module.named_buffers()])
 
 
-def redraw(network: nn.Module, seed: int) -> None:
+def redraw(network: nn.Module, seed: int, gain: float = 1.0) -> None:
     """Fill `network` with random weights at unit gain, from `seed` and the parameters' names alone.
 
-    Matrices and kernels are normal with variance 1 / fan_in, so that activations keep their size through the depth; norms are
-    near 1, biases and embeddings small but not zero. A stock initialisation near zero would hide every error behind the
+    Matrices and kernels are normal with variance gain^2 / fan_in, so that activations keep their size through the depth (a gain of
+    sqrt(2) where a ReLU halves their power and no norm restores it: He et al. 2015); norms are near 1, biases and embeddings small
+    but not zero. A stock initialisation near zero would hide every error behind the
     residual connection.
     """
     with torch.no_grad():
@@ -49,7 +50,7 @@ def redraw(network: nn.Module, seed: int) -> None:
             leaf = name.rpartition(".")[2]
             if p.ndim >= 2 and leaf == "weight":
                 fan_in = math.prod(p.shape[1:])
-                drawn /= math.sqrt(fan_in)
+                drawn /= math.sqrt(fan_in) / gain
             elif p.ndim == 1 and leaf != "bias":
                 drawn = 1 + 0.02 * drawn
             else:

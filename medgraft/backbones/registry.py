@@ -8,6 +8,10 @@ hf:facebook/dinov2-base              a transformers checkpoint, by its model_typ
 random:timm:vit_tiny_patch16_224?seed=3
 medgraft:starter-vit                 ships with the package
 universeg:PATH                       the authors' checkpoint, or one of other widths; random:universeg?widths=16,16
+hf:facebook/sam-vit-base             SAM, as transformers keeps it; sam:vit_b@FILE the original file; random:sam-tiny for tests
+monai:swin_unetr@file                volumes; random:monai:swin_unetr?feature_size=12, monai:unet@file; see volume_source
+meshnet:model18cls@file              volumes; random:meshnet:model18cls; see meshnet
+volume:unet3d@file                   volumes; random:volume:unet3d?filters=32; see unet3d
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ class BackboneId:
 
 Loader = Callable[[BackboneId, int | None], Backbone]
 FAMILIES: dict[str, Loader] = {}
-SINGLE = ("universeg",)
+SINGLE = ("universeg", "sam-tiny")
 """Families of one architecture, which needs no name where it is random: `random:universeg`."""
 
 
@@ -138,7 +142,11 @@ def _timm(id: BackboneId, image_size: int | None) -> Backbone:
     return _from_timm(id, network, None if id.random else timm_source.source(network, id.name, id.path), image_size)
 
 
-SHIPPED = {"starter-vit": "starter_vit.safetensors", "starter-universeg": "starter_universeg.safetensors"}
+SHIPPED = {
+    "starter-vit": "starter_vit.safetensors",
+    "starter-universeg": "starter_universeg.safetensors",
+    "starter-sam": "starter_sam.safetensors",
+}
 
 
 @family("medgraft")
@@ -150,6 +158,12 @@ def _medgraft(id: BackboneId, image_size: int | None) -> Backbone:
     path = id.path or str(files("medgraft") / "weights" / SHIPPED[id.name])
     if id.name == "starter-universeg":
         return _load_universeg(id, Path(path), image_size)
+    if id.name == "starter-sam":
+        from . import sam_source
+
+        if id.random:
+            return sam_source.random_sam(str(id), "starter", id.seed(), image_size)
+        return sam_source.load_starter(str(id), Path(path), image_size)
     network = starter_vit()
     return _from_timm(id, network, None if id.random else (timm_source.read_tensors(Path(path)), None), image_size)
 
@@ -373,5 +387,39 @@ def _hf_normalisation(where: str | None) -> tuple[tuple[float, ...], tuple[float
     return (0.5,) * 3, (0.5,) * 3
 
 
+@family("sam")
+def _sam(id: BackboneId, image_size: int | None) -> Backbone:
+    """`sam:vit_b@FILE`, the original checkpoints, and `random:sam:NAME`."""
+    from . import sam_source
+
+    _allow(id, *(("seed",) if id.random else ()))
+    if id.random:
+        return sam_source.random_sam(str(id), id.name, id.seed(), image_size)
+    if id.path is None:
+        raise BadData(
+            f"asked for {id}: give the file of the original weights, as in sam:{id.name}@sam_{id.name}.pth, or the same network from the hub: "
+            "hf:facebook/sam-vit-base"
+        )
+    return sam_source.load_original(str(id), id.name, Path(id.path), image_size)
+
+
+@family("sam-tiny")
+def _sam_tiny(id: BackboneId, image_size: int | None) -> Backbone:
+    """`random:sam-tiny`, for tests."""
+    from . import sam_source
+
+    _allow(id, "seed")
+    if not id.random:
+        raise BadCall("sam-tiny exists with random weights only: random:sam-tiny")
+    return sam_source.random_sam(str(id), "tiny", id.seed(), image_size)
+
+
+def _load_hf_sam(id: BackboneId, config: Any, where: str, image_size: int | None) -> Backbone:
+    from . import sam_source
+
+    return sam_source.load_hf(id, config, where, image_size)
+
+
 for _model_type in MODEL_TYPES:
     HF_MODELS[_model_type] = _load_hf_vit
+HF_MODELS["sam"] = _load_hf_sam

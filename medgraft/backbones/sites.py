@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from ..errors import BadCall, UnknownName, nearest
 
@@ -163,10 +162,3 @@ def _no_match(pattern: str, named: list[Site], sites: Mapping[str, Site], wanted
 def first_stage(sites: Iterable[Site], *, none: int) -> int:
     """The earliest stage in which any of `sites` acts; `none` where there is no site."""
     return min((s.stage for s in sites), default=none)
-
-
-def add_to_span(y: Tensor, delta: Tensor, span: tuple[int, int] | None) -> Tensor:
-    """y + delta, where delta covers the rows `span` of y's last axis (all of them for None)."""
-    if span is None:
-        return y + delta
-    return y + functional.pad(delta, (span[0], y.shape[-1] - span[1]))

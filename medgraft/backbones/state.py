@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .prompts import Prompts
+
+RIDING = "extra."
+
 
 @dataclass(frozen=True)
 class State:
@@ -35,6 +39,15 @@ class State:
         """The state one stage on, holding `x`."""
         return replace(self, x=x, stage=self.stage + 1, **changes)
 
+    def carrying(self, **maps: Tensor) -> State:
+        """The state with named maps beside it, which the readout hands to the parts among `Features.extra`."""
+        return replace(self, kept={**self.kept, **{RIDING + name: t for name, t in maps.items()}})
+
+    @property
+    def riding(self) -> dict[str, Tensor]:
+        """The maps that it carries, by name."""
+        return {name.removeprefix(RIDING): t for name, t in self.kept.items() if name.startswith(RIDING)}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -50,7 +63,9 @@ class Features:
     tokens  : (B, T, C) the normed sequence with its prefix (cls, registers) in front, or None for maps-only backbones.
     pooled  : (B, C) one vector an image: the cls token, or the mean of the last map.
     raw     : (B, C, h, w) the last map before the final norm (AViT's decoder reads this one).
-    extra   : maps that readout parts computed from the image, by name (AViT's prompt).
+    extra   : maps that readout parts computed from the image, by name (AViT's prompt), and further maps that a family reads out.
+    decoder : the frozen promptable decoder of a family that has one (SAM), as a callable; static.
+    prompts : what the call asks of it, or None.
     """
 
     maps: list[Tensor]
@@ -59,6 +74,8 @@ class Features:
     raw: Tensor
     tokens: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    decoder: Any = None
+    prompts: Prompts | None = None
 
     def rows(self, index: Tensor) -> Features:
         """The rows named by `index` (int64, shape (rows,))."""
@@ -73,6 +90,7 @@ class Features:
             raw=take(self.raw),
             tokens=None if self.tokens is None else take(self.tokens),
             extra={name: take(m) for name, m in self.extra.items()},
+            prompts=None if self.prompts is None else self.prompts.take(index),
         )
 
     def row(self, i: int) -> Features:

@@ -7,7 +7,7 @@ readout : the last query map (B, C, H, W), and the logits of the network's own 1
 A support set is K binary tasks on the same S images: logits (B, K, H, W). Parts act on effective weights (site kind `weights`).
 
 Source: Butoi et al. 2023, UniverSeg (ICCV); the structure is the released code's, the only one that the released weights fit. The
-arithmetic is `kernels.support_mix`.
+arithmetic is `kernels.support_mix` and `kernels.support_epilogue`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import BadCall
-from ..kernels.support_mix import (
-    CrossWeights,
-    pool2,
-    query_term,
-    support_epilogue,
-    support_shift,
-    support_sum,
-    support_term,
-    target_path,
-)
+from ..kernels.support_epilogue import pool2, support_epilogue, support_sum
+from ..kernels.support_mix import CrossWeights, query_term, support_shift, support_term, target_path
 from .base import Backbone, Spec
 from .sites import Plan, Port, Site, following
 from .state import Features, State

@@ -13,7 +13,7 @@ from torch.nn import functional
 from medgraft.adapters import Adapter, Bottleneck, Host, LinearHead, LoRA, PromptTokens, ScaleShift, Tuned
 from medgraft.backbones import Backbone, load_backbone
 from medgraft.backbones.registry import BackboneId, _from_timm
-from medgraft.backbones.sites import KINDS, Owner, Plan, Port, add_to_span, first_stage, following, install, match
+from medgraft.backbones.sites import KINDS, Owner, Plan, Port, first_stage, following, install, match
 from medgraft.errors import BadCall, UnknownName
 from tests.helpers import ONE, adapter, images, same_bits, says, tiny_swin, tiny_vit, wake
 
@@ -253,12 +253,6 @@ def test_rotary_backbones_have_no_place_for_prompts() -> None:
 
 def test_the_first_stage() -> None:
     assert first_stage([], none=5) == 5
-
-
-def test_adding_to_a_span() -> None:
-    y = torch.zeros(2, 6)
-    assert torch.equal(add_to_span(y, torch.ones(2, 2), (3, 5)), torch.tensor([[0.0, 0, 0, 1, 1, 0]]).expand(2, 6))
-    assert torch.equal(add_to_span(y, torch.ones(2, 6), None), torch.ones(2, 6))
 
 
 # Layers that a forward goes past
