@@ -24,7 +24,8 @@ def _shared(name: str):
 
 
 vit, swin, eva, hf_vit, dinov2 = map(_shared, ("vit", "swin", "eva", "hf_vit", "dinov2"))
-vit_tiny, swin_tiny, universeg = map(_shared, ("vit_tiny", "swin_tiny", "universeg"))
+vit_tiny, swin_tiny, universeg, sam = map(_shared, ("vit_tiny", "swin_tiny", "universeg", "sam"))
+meshnet, volume_unet, swin_unetr = map(_shared, ("meshnet", "volume_unet", "swin_unetr"))
 
 
 @pytest.fixture(params=["vit", "swin"])

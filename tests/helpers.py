@@ -71,6 +71,9 @@ def tiny_eva() -> nn.Module:
     return build("vit_small_patch16_dinov3", dynamic_img_size=True, embed_dim=48, depth=3, num_heads=3)
 
 
+TINY_SWIN_UNETR = "random:monai:swin_unetr?feature_size=12&depths=2-1-1-1&heads=1-2-2-4&window=2"
+"""Windows of 2 voxels a side, shifted in the first level's second block."""
+
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "vit": lambda: _from_timm(BackboneId("timm", "tiny_vit", random=True), tiny_vit(), None, 64),
     "swin": lambda: _from_timm(BackboneId("timm", "tiny_swin", random=True), tiny_swin(), None, 64),
@@ -78,6 +81,10 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "hf_vit": lambda: load_backbone("random:hf:vit"),
     "dinov2": lambda: load_backbone("random:hf:dinov2"),
     "universeg": lambda: load_backbone("random:universeg?widths=8,8,8", image_size=16),
+    "sam": lambda: load_backbone("random:sam-tiny"),
+    "meshnet": lambda: load_backbone("random:meshnet:model5_gw_ae", image_size=8),
+    "volume_unet": lambda: load_backbone("random:monai:unet?widths=4-8-8", image_size=8),
+    "swin_unetr": lambda: load_backbone(TINY_SWIN_UNETR, image_size=32),
     "vit_tiny": lambda: load_backbone("random:timm:vit_tiny_patch16_224", image_size=64),
     "swin_tiny": lambda: load_backbone("random:timm:swin_tiny_patch4_window7_224", image_size=64),
 }
@@ -90,9 +97,9 @@ def backbone(name: str) -> Backbone:
 
 
 def images(on: Backbone, rows: int = 2, *, seed: int = 0, side: int | None = None) -> Tensor:
-    """(rows, C, side, side), normal."""
-    side = side or on.spec.image_size
-    return torch.randn(rows, on.spec.channels, side, side, generator=torch.Generator().manual_seed(seed))
+    """(rows, C, side, side), normal; of a volume's backbone (rows, C, *space), the smallest legal space with that side."""
+    space = on.spec.fitting([side or on.spec.image_size] * on.spec.dims)
+    return torch.randn(rows, on.spec.channels, *space, generator=torch.Generator().manual_seed(seed))
 
 
 # Tasks, parts, adapters
@@ -139,6 +146,7 @@ class Case:
     on: tuple[str, ...] = ("vit", "swin")
     before: Callable[[Backbone, Task], Mapping[str, Part]] = lambda on, task: {}
     after: Callable[[Backbone, Task], Mapping[str, Part]] = lambda on, task: {}
+    slow: bool = False
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.kind, self.variant)))
@@ -169,6 +177,20 @@ def in_context(on: Backbone, task: Task) -> dict[str, Part]:
     return {"head": find_part("context_head").on(on, task)}
 
 
+def class_prompts(on: Backbone, task: Task) -> dict[str, Part]:
+    """SAM's decoder asked by class tokens."""
+    return {"head": find_part("class_prompts").on(on, task)}
+
+
+def mask_head(on: Backbone, task: Task) -> dict[str, Part]:
+    """SAM's decoder asked by a person."""
+    return {"head": find_part("mask_head").on(on, task)}
+
+
+SAM_DECODER = ("decoder.layers.*", "decoder.last.*", "decoder.up*", "decoder.iou_token", "decoder.no_mask")
+FINDING = {"points": 3, "quality": 0.0, "stability": 0.0, "overlap": 0.9}
+"""What a SAM with random weights must be asked so that it finds masks."""
+
 IN_CONTEXT, WEIGHTS = ("universeg",), ("encoder.*", "decoder.*", "out")
 
 CASES = [
@@ -192,7 +214,44 @@ CASES = [
     Case("lora", "weights", {"rank": 2, "targets": WEIGHTS}, on=IN_CONTEXT, before=supported, after=in_context),
     Case("scale_shift", "weights", {"targets": WEIGHTS}, on=IN_CONTEXT, before=supported, after=in_context),
     Case("tuned", "weights", {"targets": ("decoder.1.*", "out")}, on=IN_CONTEXT, before=supported, after=in_context),
+    Case("mask_head", "", on=("sam",)),
+    Case("samaug", "paper", {"channels": (4, 8), **FINDING}, task=THREE, on=("sam",)),
+    Case(
+        "samaug", "code", {"channels": (4, 8), "form": "code", "choose": "mean", "points": 3}, on=("sam",)
+    ),  # finds none
+    Case("refine_decoder", "paper", on=("sam",)),
+    Case("evolved_prompt", "", {"steps": 3, "step": 0.01}, on=("sam",)),
+    Case("refine_decoder", "residual", {"residual": True}, on=("sam",)),
+    Case("class_prompts", "one-class", on=("sam",)),
+    Case("class_prompts", "three-classes", {"quality": False}, task=THREE, on=("sam",)),
+    Case("class_prompts", "code", {"form": "code"}, on=("sam",)),
+    Case("tuned", "sam-decoder", {"targets": SAM_DECODER}, on=("sam",), after=class_prompts),
+    Case("lora", "sam", {"rank": 2, "targets": ("*.attn.q", "decoder.*.to_image.v")}, on=("sam",), after=class_prompts),
+    Case("fusion", "", {"encoder": "random:hf:vit"}, on=("sam",), after=class_prompts),
+    Case("condition_embedding", "paper", {"groups": ("a", "b")}, on=("sam",), after=mask_head),
+    Case("condition_embedding", "code", {"groups": ("a", "b"), "form": "code"}, on=("sam",), after=class_prompts),
     Case("linear_head", "three-classes", task=THREE),
+    Case("linear_head", "volume", {"class_rows": (2, 0, 1, 1)}, task=THREE, on=("meshnet",)),
+    Case("linear_head", "strided", task=THREE, on=("volume_unet",)),
+    Case("lora", "volume", {"rank": 2, "targets": "layers.[23].*.q"}, on=("swin_unetr",)),
+    Case("bottleneck", "volume", {"targets": "layers.3.*.mlp", "middle": 4}, on=("swin_unetr",), slow=True),
+    Case("scale_shift", "volume", {"targets": ("layers.3.*.attn", "decoder1.*")}, on=("swin_unetr",), slow=True),
+    Case("scale_shift", "convolutions", {"targets": ("down.1.*", "up.*")}, on=("volume_unet",)),
+    Case("tuned", "convolutions", {"targets": ("layers.[78]",)}, on=("meshnet",)),
+    Case("tuned", "transposed", {"targets": ("up.1.*",)}, on=("volume_unet",)),
+    Case("conv_lora", "dilated", {"targets": "layers.*", "rank": 2}, on=("meshnet",)),
+    Case("conv_lora", "strided-transposed", {"targets": ("down.*.unit0", "up.*", "bottom.unit1")}, on=("volume_unet",)),
+    Case("conv_lora", "decoder", {"targets": "decoder[12].*", "rank": 2}, on=("swin_unetr",)),
+    Case("spatial_adapter", "paper", {"form": "paper"}, on=("meshnet",)),
+    Case("spatial_adapter", "code2023", {"form": "code2023"}, on=("volume_unet",)),
+    Case("spatial_adapter", "residual", on=("meshnet",)),
+    Case("spatial_adapter", "large", on=("swin_unetr",), slow=True),
+    Case(
+        "priors",
+        "",
+        {"labels": [torch.tensor([[[0, 1], [1, 1]]])], "kinds": ("size", "centroid", "length")},
+        on=("meshnet",),
+    ),
     Case("linear_head", "first-map", {"level": 0}),
     Case("classifier_head", "linear", task=LABELS),
     Case("classifier_head", "cosine", {"form": "cosine"}, task=LABELS),

@@ -14,6 +14,7 @@ from ..backbones.base import Backbone
 from ..errors import BadCall
 from .part import Part, Readout
 from .task import Preprocessing, Task
+from .volume_task import VolumePreprocessing
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Adapter(nn.Module):
         self,
         backbone: BackboneRef,
         task: Task,
-        preprocessing: Preprocessing,
+        preprocessing: Preprocessing | VolumePreprocessing,
         parts: Mapping[str, Part],
         *,
         provenance: Mapping[str, Any] | None = None,
@@ -101,12 +102,32 @@ class Adapter(nn.Module):
 
     @staticmethod
     def of(
-        backbone: Backbone, task: Task, parts: Mapping[str, Part], *, size: int | None = None, **facts: Any
+        backbone: Backbone,
+        task: Task,
+        parts: Mapping[str, Part],
+        *,
+        size: int | None = None,
+        preprocessing: Preprocessing | VolumePreprocessing | None = None,
+        **facts: Any,
     ) -> Adapter:
-        """A fresh adapter for `backbone`, with the backbone's normalisation and an image size (default: the backbone's)."""
+        """A fresh adapter for `backbone`, with the backbone's own preprocessing at an image or patch size (default: the backbone's),
+        or with another `preprocessing`.
+        """
         spec = backbone.spec
-        normalisation = Preprocessing(size or spec.image_size, spec.mean, spec.std)
-        return Adapter(BackboneRef.of(backbone), task, normalisation, parts, **facts)
+        if preprocessing is None and spec.dims == 3:
+            preprocessing = VolumePreprocessing.of(spec, patch=size)
+        own = preprocessing or Preprocessing(size or spec.image_size, spec.mean, spec.std, fit=spec.fit)
+        return Adapter(BackboneRef.of(backbone), task, own, parts, **facts)
+
+    @property
+    def for_pictures(self) -> Preprocessing:
+        """`preprocessing` of an adapter of pictures. Raises BadCall for one of volumes."""
+        if isinstance(self.preprocessing, VolumePreprocessing):
+            raise BadCall(
+                f"an adapter of pictures is wanted, this one was trained on volumes ({self.preprocessing.said}); "
+                "host.predict takes the path of a volume"
+            )
+        return self.preprocessing
 
     @property
     def site_parts(self) -> dict[str, Part]:

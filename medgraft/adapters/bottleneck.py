@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 from torchvision.ops import stochastic_depth
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Site
 from ..errors import BadCall
+from ..kernels import bottleneck
+from ..kernels.bottleneck import bottleneck_path
+from ..kernels.door import Path
 from .part import Part, on_output, part, resolve, shapes
 from .task import Task
 
@@ -96,6 +98,10 @@ class Bottleneck(Part):
             else "the paper's equation has no inner skip: the branch's output passes through drawn weights"
         )
 
+    def path(self, sites: tuple[Site, ...], inner: Callable[..., Any], *inputs: Any) -> Path:
+        """Of the two projections."""
+        return bottleneck_path(inputs[0], len(self.cell(sites[0]).down.weight))
+
     def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """At a branch: x is its input (normed), the result is what the residual sum gets."""
         (site,) = sites
@@ -104,21 +110,18 @@ class Bottleneck(Part):
         rate = self.drop[site.name]
 
         def change(h: Tensor) -> Tensor:
+            tensors = pair.down.weight, pair.down.bias, pair.up.weight, pair.up.bias
             if self.parallel:
-                y = h + self.scale * _linear(pair.up, functional.relu(_linear(pair.down, x)))
+                y = bottleneck(x, h, *tensors, self.scale, relu=True)
+            elif self.form == "code":
+                y = bottleneck(h, h, *tensors, self.scale)
             else:
-                low = _linear(pair.up, functional.gelu(_linear(pair.down, h)))
-                y = h + self.scale * low if self.form == "code" else low
+                y = bottleneck(h, None, *tensors)
             if self.training and rate and not site.folded:
                 return stochastic_depth(y, rate, "row")
             return y
 
         return on_output(out, change)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` in x's dtype: trained in float32, deployed on a half-precision backbone."""
-    return functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def _numbers(site: str) -> list[str]:

@@ -20,6 +20,7 @@ import yaml
 
 from ..errors import BadCall
 from .store import record_of
+from .volume_task import VolumePreprocessing, preprocessing_from_json
 
 PublicKey = str
 """An Ed25519 public key as 64 hex digits."""
@@ -296,24 +297,32 @@ def _code(record: Mapping[str, Any], repo: str | None) -> str:
     name = _slug(record["task"]["classes"][0]) or "task"
     where = '"."' if repo is None else _py(repo)
     note = "  # the folder of this file" if repo is None else ""
-    size = record["preprocessing"]["size"]
+    prepare = preprocessing_from_json(record["preprocessing"])
+    if isinstance(prepare, VolumePreprocessing):
+        imported, given = [], 'image = "volume.nii.gz"  # yours: a NIfTI file, or the folder of a DICOM series'
+        shape = "(X, Y, Z) on the volume's own grid"
+    else:
+        imported, shape = ["import numpy as np"], "of the image's own size"
+        given = (
+            f"image = np.zeros(({prepare.size}, {prepare.size}, 3), dtype=np.uint8)  # yours: (H, W, 3), any size; or the "
+            "path of a picture"
+        )
     return "\n".join(
         [
             "```python",
             "import medgraft",
-            "import numpy as np",
+            *imported,
             "",
-            f"backbone = medgraft.load_backbone({_py(record['backbone']['id'])}, image_size={size})",
+            f"backbone = medgraft.load_backbone({_py(record['backbone']['id'])}, image_size={prepare.size})",
             "host = medgraft.Host(backbone)",
             f"host.add(medgraft.load_adapter({where}), name={_py(name)}){note}",
             "",
-            f"image = np.zeros(({size}, {size}, 3), dtype=np.uint8)  # yours: (H, W, 3), any size; or the "
-            "path of a picture",
+            given,
             f"result = host.predict(image, adapter={_py(name)})",
             "```",
             "",
             {
-                "segment": f"`result` is a label map of the image's own size: 0 is background, {_values(record)}.",
+                "segment": f"`result` is a label map {shape}: 0 is background, {_values(record)}.",
                 "classify": "`result` gives the probability of each class.",
             }[record["task"]["kind"]],
         ]
@@ -379,11 +388,8 @@ def _made(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if isinstance(settings, dict) and settings:
         shown = {str(k): v for k, v in settings.items() if isinstance(v, str | int | float | bool)}
         lines.append("- settings: " + ", ".join(f"{_md(k)} {_md(v)}" for k, v in shown.items()))
-    sizes = record["preprocessing"]
-    lines.append(
-        f"- input: {sizes['size']} x {sizes['size']} pixels, mean {sizes['mean']}, std {sizes['std']}"
-        + ", without the dark border" * sizes.get("crop", False)
-    )
+    prepare = preprocessing_from_json(record["preprocessing"])
+    lines.append(f"- input: {prepare.said}, mean {list(prepare.mean)}, std {list(prepare.std)}")
     return "\n".join(lines)
 
 

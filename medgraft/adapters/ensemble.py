@@ -19,8 +19,11 @@ from torch import Tensor
 
 from ..errors import BadCall, unknown
 from ..images import read_image
-from .host import Host, in_own_size
+from .host import Host
+from .on_image import in_own_size
+from .sliding import predict_volume
 from .task import Preprocessing, Task
+from .volume_task import VolumePreprocessing
 
 
 class Ensemble:
@@ -74,6 +77,9 @@ class Ensemble:
         classifier, to {class: probability}. Each member sees the image under its own preprocessing.
         """
         members = self._members()
+        if isinstance(members[0].preprocessing, VolumePreprocessing):
+            answers = predict_volume(self.host, image, self.names, probabilities=True)
+            return _decided(members[0].task, np.stack(answers).mean(0, dtype=np.float64), probabilities)
         pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
         by_preprocessing: dict[Preprocessing, list[int]] = {}
         for i, member in enumerate(members):
@@ -90,9 +96,14 @@ class Ensemble:
         task = members[0].task
         if task.kind == "classify":
             return dict(zip(task.classes, mean.tolist(), strict=True))
-        if probabilities:
-            return mean.astype(np.float32)
-        return task.write(mean.argmax(0) if len(mean) > 1 else (mean[0] > 0.5).astype(np.int64))
+        return _decided(task, mean, probabilities)
+
+
+def _decided(task: Task, mean: np.ndarray, probabilities: bool) -> np.ndarray:
+    """A label map from mean probabilities (K, ...), or these."""
+    if probabilities:
+        return mean.astype(np.float32)
+    return task.write(mean.argmax(0) if len(mean) > 1 else (mean[0] > 0.5).astype(np.int64))
 
 
 def _classes(task: Task) -> str:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
+from ..backbones.sites import Operation, Plan, following
 from ..errors import MedgraftError
 from .adapter import Adapter
-from .graft import Graft
+from .graft import Acts, Graft
 from .host import Host
 from .peft import why_not_exportable
+from .volume_task import VolumePreprocessing
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Facts:
     mixable: bool
     foldable: bool
     not_for_peft: str | None
+    paths: dict[str, dict[str, int]]
+    """By part: which way its operations go on one image, each with its number of ports."""
 
 
 def explain(adapter: Adapter, backbone: Backbone) -> Facts:
@@ -80,17 +84,51 @@ def explain(adapter: Adapter, backbone: Backbone) -> Facts:
         parts=parts,
         trainable=adapter.trainable,
         bytes={"float16": 2 * entries, "float32": 4 * entries},
-        activations=kept_for_backward(adapter, backbone, size),
+        activations=kept_for_backward(adapter, backbone),
         first_stage=graft.first,
         depth=backbone.depth,
         mixable=graft.mixable,
         foldable=all(f.foldable for f in site_parts),
         not_for_peft=not_for_peft,
+        paths=paths_taken(graft, backbone),
     )
 
 
-def kept_for_backward(adapter: Adapter, backbone: Backbone, size: int) -> int:
-    """Bytes that autograd keeps for one image of `size` pixels, parameters not counted."""
+@torch.no_grad()
+def paths_taken(graft: Graft, backbone: Backbone) -> dict[str, dict[str, int]]:
+    """See `Facts.paths`: every part is asked at every port in one forward pass."""
+    names = {id(part): name for name, part in graft.adapter.named_parts()}
+    found: dict[str, dict[str, int]] = {}
+
+    def asking(acts: Acts, operation: Operation) -> Operation:
+        def asked(inner: Any, *inputs: Any, **options: Any) -> Any:
+            for i, (part, sites) in enumerate(acts):
+                path = part.path(
+                    sites, operation if i else inner, *inputs
+                )  # only the first stands on the frozen module
+                if path is not None:
+                    ways = found.setdefault(names[id(part)], {})
+                    ways[str(path)] = ways.get(str(path), 0) + 1
+            return operation(inner, *inputs, **options)
+
+        return asked
+
+    operations = {port: asking(graft.ports[port], run) for port, run in graft.plan.operations.items()}
+    with following(Plan(backbone.owner, operations)):
+        backbone(_blank(graft.adapter, backbone))
+    return found
+
+
+def _blank(adapter: Adapter, backbone: Backbone) -> Tensor:
+    """One image of the adapter's size, or one patch, of zeros."""
+    own = adapter.preprocessing
+    space = own.patch if isinstance(own, VolumePreprocessing) else (own.size, own.size)
+    p = next(backbone.parameters())
+    return torch.zeros(1, backbone.spec.channels, *space, device=p.device, dtype=p.dtype)
+
+
+def kept_for_backward(adapter: Adapter, backbone: Backbone) -> int:
+    """Bytes that autograd keeps for one image of the adapter's size, or one patch, parameters not counted."""
     known = {t.untyped_storage().data_ptr() for t in [*backbone.parameters(), *adapter.parameters()]}
     kept: dict[int, int] = {}
 
@@ -102,8 +140,7 @@ def kept_for_backward(adapter: Adapter, backbone: Backbone, size: int) -> int:
 
     host = Host(backbone)
     host.add(adapter, "explained", allow_mismatch=True)
-    p = next(backbone.parameters())
-    x: Any = torch.zeros(1, backbone.spec.channels, size, size, device=p.device, dtype=p.dtype)
+    x: Any = _blank(adapter, backbone)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         host(x, "explained")
     return sum(kept.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Operation, Plan, Site, first_stage
@@ -211,7 +212,7 @@ def folded(backbone: Backbone, adapter: Adapter) -> Plain:
     def stand_in(port: str, base: nn.Module) -> nn.Module:
         rest: Acts = []
         for part, sites in graft.ports.get(port, []):
-            if part.foldable and not rest and isinstance(base, nn.Linear | nn.LayerNorm | Weights):
+            if part.foldable and not rest and isinstance(base, nn.Linear | nn.LayerNorm | Weights | _ConvNd):
                 base = part.fold(sites, base)
             else:
                 rest.append((part, sites))

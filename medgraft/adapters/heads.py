@@ -1,9 +1,9 @@
 """Small heads: one linear layer for each location or image.
 
-    LinearHead:      logits(p) = W f(p) + b at each location of a feature map, then bilinear to the image's size
+    LinearHead:      logits(p) = W f(p) + b at each location of a feature map, then (tri)linear to the image's size
     ClassifierHead:  linear  logits = W z + b;   cosine  logits_k = t <z / |z|, w_k / |w_k|>,   z (B, C) the pooled features
 
-Shapes: LinearHead (B, C, h, w) -> (B, K, H, W); ClassifierHead (B, C) -> (B, K).
+Shapes: LinearHead (B, C, h, w) -> (B, K, H, W), in volumes (B, C, d, h, w) -> (B, K, D, H, W); ClassifierHead (B, C) -> (B, K).
 Source of the cosine form: Chen et al. 2019 (arXiv:1904.04232) section 3.2, scale learned as in Gidaris and Komodakis 2018.
 """
 
@@ -24,29 +24,66 @@ from .task import Task
 
 @part("linear_head")
 class LinearHead(Readout):
-    """A 1x1 convolution on one map (`level`, default the last). See the top of the file."""
+    """A 1x1 convolution on one map (`level`, default the last) of `dims` axes. See the top of the file."""
 
-    def __init__(self, sites: Mapping[str, Sequence[int]], width: int, outputs: int, level: int = -1) -> None:
-        super().__init__(sites, width=width, outputs=outputs, level=level)
-        self.level = level
-        self.linear = nn.Conv2d(width, outputs, 1)
+    def __init__(
+        self, sites: Mapping[str, Sequence[int]], width: int, outputs: int, level: int = -1, dims: int = 2
+    ) -> None:
+        super().__init__(sites, width=width, outputs=outputs, level=level, dims=dims)
+        self.level, self.dims = level, dims
+        self.linear = (nn.Conv2d if dims == 2 else nn.Conv3d)(width, outputs, 1)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)  # type: ignore[arg-type]
 
     @classmethod
-    def on(cls, backbone: Backbone, task: Task, *, level: int = -1) -> LinearHead:
-        """A head for the task's outputs on the backbone's map `level`."""
-        return cls({}, width=map_width(backbone, level), outputs=task.outputs, level=level)
+    def on(
+        cls, backbone: Backbone, task: Task, *, level: int = -1, class_rows: Sequence[int] | None = None
+    ) -> LinearHead:
+        """A head for the task's outputs on the backbone's map `level`.
+
+        `class_rows` starts each output at that row of the backbone's pretrained head (its site `head`), one row an output, so that the
+        fresh adapter predicts what the backbone was trained for. Raises BadCall for rows or a head that are not there.
+        """
+        made = cls({}, map_width(backbone, level), task.outputs, level, backbone.spec.dims)
+        if class_rows is not None:
+            weight, bias = _rows(backbone, class_rows, task.outputs)
+            with torch.no_grad():
+                made.linear.weight.copy_(weight.view_as(made.linear.weight))
+                made.linear.bias.copy_(bias)  # type: ignore[union-attr]
+        return made
 
     def check(self, backbone: Backbone) -> None:
-        """The map must be there and have the head's width."""
+        """The map must be there, have the head's width and as many axes as it was made for."""
         check_width(self, backbone, self.linear.in_channels, map_width(backbone, self.level))
+        check_dims(self, backbone, self.dims)
 
     def read(self, features: Features, image: Tensor) -> Tensor:
-        """-> logits (B, K, H, W)."""
-        f = features.maps[self.level]
-        logits = functional.conv2d(f, self.linear.weight.to(f.dtype), self.linear.bias.to(f.dtype))  # type: ignore[union-attr]
-        return functional.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False)
+        """-> logits (B, K, *space), `space` the image's."""
+        f, space = features.maps[self.level], image.shape[2:]
+        convolve = functional.conv2d if self.dims == 2 else functional.conv3d
+        logits = convolve(f, self.linear.weight.to(f.dtype), self.linear.bias.to(f.dtype))  # type: ignore[union-attr]
+        if self.dims == 3 and logits.shape[2:] == space:
+            return logits
+        mode = "bilinear" if self.dims == 2 else "trilinear"
+        return functional.interpolate(logits, space, mode=mode, align_corners=False)
+
+
+def _rows(backbone: Backbone, rows: Sequence[int], outputs: int) -> tuple[Tensor, Tensor]:
+    """Rows of the pretrained head as (weight (outputs, C, 1 ..), bias (outputs,))."""
+    site = backbone.sites.get("head")
+    layer = None if site is None else backbone.network.get_submodule(site.path)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    one_voxel = isinstance(weight, Tensor) and site is not None and weight.numel() == site.fan_in * site.fan_out
+    if not one_voxel or site is None or site.fan_in != backbone.spec.width:
+        raise BadCall(f"class_rows= needs a pretrained head, one linear layer a voxel; {backbone.spec.id} has none")
+    classes = site.fan_out
+    if len(rows) != outputs or not all(0 <= row < classes for row in rows):
+        raise BadCall(
+            f"class_rows= wants {outputs} rows of the head of {backbone.spec.id}, 0 to {classes - 1}; got {list(rows)}"
+        )
+    assert isinstance(weight, Tensor)
+    index = torch.tensor(rows, device=weight.device)
+    return weight[index], weight.new_zeros(outputs) if bias is None else bias[index]
 
 
 @part("classifier_head")
@@ -91,6 +128,14 @@ def check_width(part: Part, backbone: Backbone, made_for: int, found: int) -> No
     if made_for != found:
         raise BadCall(
             f"this {part.kind} was made for features of {made_for} channels; {backbone.spec.id} gives {found}"
+        )
+
+
+def check_dims(part: Part, backbone: Backbone, made_for: int) -> None:
+    """Raise BadCall unless a part meets maps of as many axes as it was made for."""
+    if made_for != backbone.spec.dims:
+        raise BadCall(
+            f"this {part.kind} was made for {made_for}D maps; {backbone.spec.id} gives {backbone.spec.dims}D ones"
         )
 
 

@@ -12,17 +12,21 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..backbones.base import Backbone
+from ..backbones.prompts import Prompts
 from ..backbones.sites import Plan, following
 from ..backbones.state import Features, State
 from ..errors import BadCall, WrongBackbone, nearest, unknown
 from ..images import read_image
-from ..pixels import bright_box, put_back
+from ..volumes import Volume
 from .adapter import Adapter
 from .graft import Fixed, Graft, Plain, fixed, folded, mixed_plan
+from .on_image import OnImage
+from .prompting import refuse_unasked
+from .sliding import predict_volume
+from .volume_task import VolumePreprocessing
 
 Output = Tensor | Features
 
@@ -95,13 +99,19 @@ class Host(nn.Module):
     # Calls
 
     @overload
-    def forward(self, x: Tensor, adapter: str, *, remat: bool = False) -> Tensor: ...
+    def forward(self, x: Tensor, adapter: str, *, prompts: Prompts | None = None, remat: bool = False) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, adapter: None = None, *, remat: bool = False) -> Features: ...
+    def forward(
+        self, x: Tensor, adapter: None = None, *, prompts: Prompts | None = None, remat: bool = False
+    ) -> Features: ...
     @overload
-    def forward(self, x: Tensor, adapter: Sequence[str | None], *, remat: bool = False) -> Tensor | list[Output]: ...
+    def forward(
+        self, x: Tensor, adapter: Sequence[str | None], *, prompts: Prompts | None = None, remat: bool = False
+    ) -> Tensor | list[Output]: ...
     @overload
-    def forward(self, x: Tensor, *, adapters: Sequence[str | None], remat: bool = False) -> Outputs: ...
+    def forward(
+        self, x: Tensor, *, adapters: Sequence[str | None], prompts: Prompts | None = None, remat: bool = False
+    ) -> Outputs: ...
 
     def forward(
         self,
@@ -109,22 +119,25 @@ class Host(nn.Module):
         adapter: str | Sequence[str | None] | None = None,
         *,
         adapters: Sequence[str | None] | None = None,
+        prompts: Prompts | None = None,
         remat: bool = False,
     ) -> Output | list[Output]:
         """(B, C, H, W) -> logits; Features where the adapter is None; one output a row, in a list, where rows differ in shape.
 
-        `remat` recomputes each stage in the backward pass instead of keeping its activations.
-        Raises UnknownName for an adapter that is not resident, BadCall for a batch or a list that does not fit.
+        `prompts` are what a promptable decoder is asked, one row an image, in pixels of `x`. `remat` recomputes each stage in the
+        backward pass instead of keeping its activations.
+        Raises UnknownName for an adapter that is not resident, BadCall for a batch, a list or prompts that do not fit.
         """
         grafts = self._grafts  # one snapshot for the whole call
         x = self.backbone.checked(x)
         if adapters is not None:
             if adapter is not None:
                 raise BadCall("give either adapter= (one for each row) or adapters= (all for every row), not both")
-            return self._every(x, [None if n is None else self._graft(n, grafts) for n in adapters], remat)
+            chosen = [None if n is None else self._graft(n, grafts) for n in adapters]
+            return self._every(self._begin(x, prompts, chosen), x, chosen, remat)
         if adapter is None or isinstance(adapter, str):
             graft = None if adapter is None else self._graft(adapter, grafts)
-            return self._finish(self.backbone.stem(x), graft, x, remat)
+            return self._finish(self._begin(x, prompts, [graft]), graft, x, remat)
         if not isinstance(adapter, Sequence):
             raise BadCall(
                 f"adapter= takes a resident adapter's name, None, or a list of these, one a row; got a {type(adapter).__name__}"
@@ -133,7 +146,18 @@ class Host(nn.Module):
             raise BadCall(
                 f"adapter= names {len(adapter)} rows, the batch has {x.shape[0]}; give one name a row, or one for all"
             )
-        return self._by_row(x, list(adapter), grafts, remat)
+        return self._by_row(x, list(adapter), grafts, prompts, remat)
+
+    def _begin(self, x: Tensor, prompts: Prompts | None, grafts: Sequence[Graft | None]) -> State:
+        """The state before stage 1, with the prompts beside it where there are any."""
+        state = self.backbone.stem(x)
+        return state if prompts is None else self._ask(state, prompts, grafts)
+
+    def _ask(self, state: State, prompts: Prompts, grafts: Sequence[Graft | None]) -> State:
+        for graft in grafts:
+            if graft is not None:
+                refuse_unasked(graft.adapter, prompts)
+        return self.backbone.prompted(state, prompts)
 
     def cut(self, adapter: str) -> int:
         """The stage before which `adapter` changes nothing: `backbone.run(x, stop=host.cut(name))` is its frozen prefix."""
@@ -145,11 +169,13 @@ class Host(nn.Module):
         image: Tensor,
         adapter: str,
         *,
+        prompts: Prompts | None = None,
         remat: bool = False,
         between: Callable[[State], State] | None = None,
     ) -> Tensor:
         """Logits from a state at or before `cut(adapter)`; `image` (B, C, H, W) is what the state came from.
 
+        `prompts` as in a call: many can be asked of one state.
         `between` acts on the state given and on the one after every later stage (feature mixing in training). `remat` as in a call.
         """
         graft = self._graft(adapter)
@@ -161,6 +187,7 @@ class Host(nn.Module):
             raise BadCall(
                 f"the state holds {state.x.shape[0]} rows, image= has {image.shape[0]}; give the images that the state came from"
             )
+        state = state if prompts is None else self._ask(state, prompts, [graft])
         out = self._finish(state, graft, self.backbone.checked(image), remat, between)
         assert isinstance(out, Tensor)
         return out
@@ -203,20 +230,25 @@ class Host(nn.Module):
             return torch.cat([self._few(state, slice(i, i + n), graft, image, remat) for i in starts])
         plan = None if graft is None else graft.plan
         features = self._readout(self._advance(state, plan, self.backbone.depth, remat, between), plan)
-        return features if graft is None else graft.read(features, image)
+        return features if graft is None else self._read(features, graft, image)
+
+    @staticmethod
+    def _read(features: Features, graft: Graft, image: Tensor) -> Tensor:
+        """The readouts, under the adapter's plan: a promptable decoder runs inside them."""
+        with following(graft.plan):
+            return graft.read(features, image)
 
     def _few(self, state: State, rows: slice, graft: Graft, image: Tensor, remat: bool) -> Tensor:
         out = self._finish(state.map(lambda t: t[rows]), graft, image[rows], remat)
         assert isinstance(out, Tensor)
         return out
 
-    def _every(self, x: Tensor, grafts: Sequence[Graft | None], remat: bool) -> Outputs:
+    def _every(self, state: State, x: Tensor, grafts: Sequence[Graft | None], remat: bool) -> Outputs:
         """Each adapter from the stage in which it begins; the frozen prefix goes on from one to the next."""
         if not grafts:
             raise BadCall("adapters= is empty; name at least one")
         depth = self.backbone.depth
         outputs: list[Output | None] = [None] * len(grafts)
-        state = self.backbone.stem(x)
         for k in sorted(range(len(grafts)), key=lambda k: depth if (g := grafts[k]) is None else g.first):
             graft = grafts[k]
             state = self._advance(state, None, depth if graft is None else graft.first, remat)
@@ -224,27 +256,32 @@ class Host(nn.Module):
         return Outputs(out for out in outputs if out is not None)
 
     def _by_row(
-        self, x: Tensor, names: list[str | None], resident: Mapping[str, Graft], remat: bool
+        self,
+        x: Tensor,
+        names: list[str | None],
+        resident: Mapping[str, Graft],
+        prompts: Prompts | None,
+        remat: bool,
     ) -> Output | list[Output]:
         distinct = list(dict.fromkeys(names))
         grafts = [None if n is None else self._graft(n, resident) for n in distinct]
         if not names:
             raise BadCall("an empty batch with an empty list of adapters has no output shape; name one adapter instead")
         if len(distinct) == 1:
-            out = self._finish(self.backbone.stem(x), grafts[0], x, remat)
+            out = self._finish(self._begin(x, prompts, grafts), grafts[0], x, remat)
             return out if isinstance(out, Tensor) else [out.row(i) for i in range(len(names))]
         slots = [distinct.index(n) for n in names]
         index = [
             torch.tensor([i for i, s in enumerate(slots) if s == k], device=x.device) for k in range(len(distinct))
         ]
         start = min(self.backbone.depth if g is None else g.first for g in grafts)
-        state = self._advance(self.backbone.stem(x), None, start, remat)
+        state = self._advance(self._begin(x, prompts, grafts), None, start, remat)
         rows: list[Output | None] = [None] * len(names)
         if all(g is None or g.mixable for g in grafts):
             plan = mixed_plan(self.backbone, grafts, slots, x.device)
             features = self._readout(self._advance(state, plan, self.backbone.depth, remat), plan)
             results = [
-                features.rows(i) if g is None else g.read(features.rows(i), x[i])
+                features.rows(i) if g is None else self._read(features.rows(i), g, x[i])
                 for g, i in zip(grafts, index, strict=True)
             ]
         else:
@@ -260,22 +297,28 @@ class Host(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, image: str | Path | np.ndarray, adapter: str, *, prompts: Any = None, probabilities: bool = False
+        self,
+        image: str | Path | np.ndarray | Volume,
+        adapter: str,
+        *,
+        prompts: Mapping[str, Any] | None = None,
+        probabilities: bool = False,
     ) -> Any:
         """An image, by path or as (H, W, 3) uint8, to a label map (H, W) uint8 in the image's own size, by the adapter's own
         preprocessing and label map; with `probabilities`, (K, H, W) float32 instead. A classifier gives {class: probability}.
+
+        `prompts` are a person's, in pixels of the image: {"box": (x0, y0, x1, y1)}, {"points": [(x, y)], "labels": [1]}, see `ask`.
+        With an adapter of volumes: a path, a DICOM folder or a `Volume` to (X, Y, Z) uint8 on its own grid, see `predict_volume`.
         """
-        if prompts is not None:
-            raise BadCall(f"{self.backbone.spec.id} takes no prompts; leave prompts= away")
-        graft = self._graft(adapter)
-        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        task = graft.adapter.task
-        x = graft.adapter.preprocessing(pixels)[None].to(next(self.backbone.parameters()))
-        logits = self._finish(self.backbone.stem(self.backbone.checked(x)), graft, x, False)
-        assert isinstance(logits, Tensor)
-        if task.kind == "classify":
-            return dict(zip(task.classes, task.probabilities(logits)[0].tolist(), strict=True))
-        return in_own_size(graft.adapter, logits, pixels, probabilities=probabilities)
+        if isinstance(image, Volume) or isinstance(self._graft(adapter).adapter.preprocessing, VolumePreprocessing):
+            if prompts is not None:
+                raise BadCall(f"{self.backbone.spec.id} takes no prompts; leave prompts= away")
+            return predict_volume(self, image, [adapter], probabilities=probabilities)[0]
+        return self.on(image).predict(adapter, prompts=prompts, probabilities=probabilities)
+
+    def on(self, image: str | Path | np.ndarray) -> OnImage:
+        """One image, whose frozen prefix is kept for any number of questions to any adapter."""
+        return OnImage(self, image if isinstance(image, np.ndarray) else read_image(Path(image)))
 
     # Plain modules
 
@@ -316,19 +359,6 @@ class Host(nn.Module):
     def extra_repr(self) -> str:
         """The resident adapters."""
         return "adapters: " + (", ".join(self._grafts) or "none")
-
-
-def in_own_size(adapter: Adapter, logits: Tensor, pixels: np.ndarray, *, probabilities: bool) -> np.ndarray:
-    """What logits (1, K, h, w) of the prepared image (H, W, 3) say of it: a label map (H, W) uint8, or probabilities (K, H, W) float32."""
-    task, size = adapter.task, pixels.shape[:2]
-    box = bright_box(pixels) if adapter.preprocessing.crop else (slice(0, size[0]), slice(0, size[1]))
-    full = functional.interpolate(logits.float(), pixels[box].shape[:2], mode="bilinear", align_corners=False)
-    if not probabilities:
-        return put_back(task.write(task.decide(full)[0].cpu().numpy()), box, size)
-    found = task.probabilities(full)[0].cpu().numpy()
-    background = 1 if len(found) > 1 else 0  # how many of the channels are background
-    around = put_back(found[:background], box, size, fill=1)
-    return np.concatenate([around, put_back(found[background:], box, size)])
 
 
 def check_backbone(adapter: Adapter, backbone: Backbone, allow_mismatch: bool) -> None:

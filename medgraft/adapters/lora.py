@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..backbones.base import Backbone
-from ..backbones.sites import Site, add_to_span
+from ..backbones.sites import Site
 from ..backbones.weights import Weights
 from ..errors import BadCall
-from ..kernels import dora_gain, lora_linear, mixed_lora_linear
+from ..kernels import dora_gain, dora_linear, lora_linear, mixed_lora_linear
+from ..kernels.door import Path
+from ..kernels.lora_linear import lora_path
 from .part import Part, part, resolve, shapes
 from .task import Task
 
@@ -100,6 +102,12 @@ class LoRA(Part):
                     f"DoRA at {name} and at {port} of {backbone.spec.id} would change the same rows twice; choose one of them"
                 )
 
+    def path(self, sites: tuple[Site, ...], inner: Callable[..., Any], *inputs: Any) -> Path | None:
+        """Of the product on a frozen linear layer; on kernels that are handed out there is none."""
+        if not inputs or not isinstance(inner, nn.Linear):
+            return None
+        return lora_path(inputs[0], inner.weight, sum(len(self.cell(site).A) for site in sites))
+
     def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], *inputs: Tensor) -> Any:
         """(..., in) -> (..., out); at a `weights` site, the effective (weight, bias)."""
         if not inputs:
@@ -127,16 +135,20 @@ class LoRA(Part):
         return y + self.scale * functional.linear(u, b.to(x.dtype))
 
     def _dora(self, sites: tuple[Site, ...], inner: Any, x: Tensor) -> Tensor:
-        y = inner(x)
-        plain = y if inner.bias is None else y - inner.bias
-        dropped = functional.dropout(x, self.dropout, self.training)
+        """`innermost`: `inner` is the frozen layer."""
+        a, b = self.stacked(sites, inner.out_features)
+        gain = torch.ones(inner.out_features, device=x.device)
         for site in sites:
             cell = self.cell(site)
-            start, stop = site.span or (0, y.shape[-1])
-            c = dora_gain(inner.weight[start:stop], cell.A, cell.B, self.scale, cell.magnitude).to(y.dtype)
-            low_rank = functional.linear(functional.linear(dropped, cell.A.to(x.dtype)), cell.B.to(x.dtype))
-            y = add_to_span(y, (c - 1) * plain[..., start:stop] + c * self.scale * low_rank, site.span)
-        return y
+            start, stop = site.span or (0, inner.out_features)
+            own = dora_gain(inner.weight[start:stop], cell.A, cell.B, self.scale, cell.magnitude)
+            gain = gain + functional.pad(own - 1, (start, inner.out_features - stop))
+        if not (self.training and self.dropout):
+            return dora_linear(x, inner.weight, inner.bias, a, b, self.scale, gain)
+        y = inner(x)
+        u = functional.linear(functional.dropout(x, self.dropout), a.to(x.dtype))
+        z = y + self.scale * functional.linear(u, b.to(x.dtype))
+        return z + (gain - 1).to(z.dtype) * (z if inner.bias is None else z - inner.bias)
 
     def stacked(self, sites: tuple[Site, ...], width: int) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (width, R) of all sites at one port; rows of B outside a site's span are zero."""
@@ -154,9 +166,9 @@ class LoRA(Part):
         slots: Sequence[tuple[LoRA, tuple[Site, ...]]], ids: Tensor, inner: Callable[..., Tensor], x: Tensor
     ) -> Tensor:
         """One call for rows with different adapters: ids (B,) names each row's slot, -1 for none."""
-        y = inner(x)
-        factors = [(*lora.stacked(sites, y.shape[-1]), lora.scale) for lora, sites in slots]
-        return mixed_lora_linear(x, y, factors, ids)
+        frozen: Any = inner  # a mixed call has one part a port, and that is on a linear layer
+        factors = [(*lora.stacked(sites, frozen.out_features), lora.scale) for lora, sites in slots]
+        return mixed_lora_linear(x, frozen.weight, frozen.bias, factors, ids)
 
     def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:
         """W + s B A (rescaled for DoRA) in a new layer, summed in float32 or wider, stored in W's dtype."""

@@ -16,6 +16,7 @@ from ..backbones.base import Backbone
 from ..backbones.sites import Site, match
 from ..backbones.state import Features
 from ..errors import BadCall, unknown
+from ..kernels.door import Path
 
 Shape = tuple[int, int]
 """(fan_in, fan_out) of a site."""
@@ -98,6 +99,10 @@ class Part(nn.Module):
         """`act(sites, inner, *inputs)`: what happens at a port. `inner` is the frozen module or the parts before this one; `sites` are this port's."""
         raise NotImplementedError
 
+    def path(self, sites: tuple[Site, ...], inner: Callable[..., Any], *inputs: Any) -> Path | None:
+        """Which way its operation goes at a port on these inputs, and why; None where it has no kernel of its own."""
+        return None
+
     def check(self, backbone: Backbone) -> None:
         """Raise BadCall where the part does not fit `backbone` although its sites are there and have the right widths."""
 
@@ -168,6 +173,21 @@ class Readout(Part):
     """A part behind the last stage: turns features into logits, or adds named maps that a later one reads."""
 
     makes_logits: ClassVar[bool] = True
+    takes_prompts: ClassVar[bool] = False
+    """True where it reads points, boxes or masks from `features.prompts`."""
+    takes_groups: ClassVar[bool] = False
+    """True where it reads the sub-group of each row from there; then it has `groups`."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the sub-groups that it knows."""
+        return ()
+
+    def group_index(self, name: str) -> int:
+        """The number of a sub-group, or what the part's rule makes of an unknown one. Raises UnknownName."""
+        if name not in self.groups:
+            raise unknown("sub-group", str(name), self.groups)
+        return self.groups.index(name)
 
     @property
     def silent(self) -> bool:

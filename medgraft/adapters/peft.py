@@ -421,10 +421,7 @@ def _without(adapter: Adapter, head: str | None) -> list[str]:
         )
     pre = adapter.preprocessing
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (pre.mean, pre.std))
-    cut = "without its dark border, " if pre.crop else ""
-    lines.append(
-        f"Preprocessing is yours to apply: {cut}{pre.size} x {pre.size} pixels, in [0, 1], minus ({mean}), over ({std})."
-    )
+    lines.append(f"Preprocessing is yours to apply: {pre.said}, minus ({mean}), over ({std}).")
     labels = [f"{v} = {c}" for c, v in zip(adapter.task.classes, adapter.task.values, strict=True)]
     shown = ", ".join(labels[:20]) + (f", and {len(labels) - 20} more" if len(labels) > 20 else "")
     lines.append(f"The label map is not in the peft files: {shown}.")

@@ -2,7 +2,7 @@
 
     y = g * f(x) + d      g, d (out,), one pair for each output channel of the frozen layer f; g = 1, d = 0 at the start
 
-Linear, norm and branch outputs have their channels last, convolutions have them second. Folds exactly into linear layers and norms.
+Linear, norm and branch outputs have their channels last, convolutions have them second. Folds exactly into linear layers, norms and convolutions.
 
 Source: Lian et al. 2022 (arXiv:2210.08823) section 3.2; the authors draw g and d around 1 and 0, here they start exactly there.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Site
@@ -63,7 +64,7 @@ class ScaleShift(Part):
 
     @property
     def foldable(self) -> bool:
-        """Into linear layers and norms; a branch keeps a small module behind it."""
+        """Into linear layers, norms and convolutions; a branch keeps a small module behind it."""
         return True
 
     def act(self, sites: tuple[Site, ...], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -93,15 +94,23 @@ class ScaleShift(Part):
 
     def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:
         """g W and g b + d in a new layer of the same class."""
-        if not isinstance(base, nn.Linear | nn.LayerNorm | Weights):
+        if not isinstance(base, nn.Linear | nn.LayerNorm | Weights | _ConvNd):
             raise TypeError(f"{type(base).__name__} has no weights to fold into")
-        plain = copy.deepcopy(base)
-        rows_of: Any = plain.weight
+        plain: Any = copy.deepcopy(base)
+        turned = isinstance(plain, _ConvTransposeNd)  # its weight is (in, out / groups, *kernel)
         with torch.no_grad():
             if plain.bias is None:
-                plain.bias = nn.Parameter(torch.zeros_like(rows_of[..., 0] if rows_of.ndim > 1 else rows_of))
+                plain.bias = nn.Parameter(
+                    plain.weight.new_zeros(plain.out_channels if turned else plain.weight.shape[0])
+                )
             for site in sites:
-                cell, rows = self.cell(site), slice(*(site.span or (0, rows_of.shape[0])))
-                rows_of[rows] *= cell.scale.to(rows_of.dtype).view(-1, *([1] * (rows_of.ndim - 1)))
-                plain.bias[rows] = plain.bias[rows] * cell.scale.to(rows_of.dtype) + cell.shift.to(rows_of.dtype)
+                cell, rows = self.cell(site), slice(*(site.span or (0, plain.bias.shape[0])))
+                scale, shift = cell.scale.to(plain.weight.dtype), cell.shift.to(plain.weight.dtype)
+                ones = [1] * (plain.weight.ndim - 2 if turned else plain.weight.ndim - 1)
+                if turned:
+                    by_group = plain.weight.unflatten(0, (plain.groups, -1))
+                    plain.weight.copy_((by_group * scale.view(plain.groups, 1, -1, *ones)).flatten(0, 1))
+                else:
+                    plain.weight[rows] *= scale.view(-1, *ones)
+                plain.bias[rows] = plain.bias[rows] * scale + shift
         return plain.requires_grad_(False)

@@ -29,6 +29,32 @@ def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) ->
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
+_PICTURE = _object(
+    {"size": {"type": "integer", "minimum": 1, "maximum": 16384}, "mean": _NUMBER_3, "std": _NUMBER_3},
+    {"crop": {"const": True}, "fit": {"const": "pad"}},
+)
+_SIDES = {"type": "array", "minItems": 3, "maxItems": 3}
+_VOLUME = _object(
+    {
+        "dims": {"const": 3},
+        "patch": _SIDES | {"items": {"type": "integer", "minimum": 1, "maximum": 1024}},
+        "mean": _NUMBER_3,
+        "std": _NUMBER_3,
+        "intensity": {
+            "type": "array",
+            "prefixItems": [{"enum": ["window", "percentiles", "zscore"]}, {"type": "number"}, {"type": "number"}],
+            "minItems": 3,
+            "maxItems": 3,
+        },
+        "axcodes": {"type": "string", "pattern": "^[LRPAIS]{3}$"},
+        "spacing": {
+            "anyOf": [{"type": "null"}, _SIDES | {"items": {"type": "number", "minimum": 1e-3, "maximum": 1e3}}]
+        },
+        "overlap": {"type": "number", "minimum": 0, "maximum": 0.95},
+        "largest": {"type": "boolean"},
+    }
+)
+
 SCHEMA: dict[str, Any] = _object(
     {
         "format": {"const": FORMAT},
@@ -53,10 +79,7 @@ SCHEMA: dict[str, Any] = _object(
                 },
             }
         ),
-        "preprocessing": _object(
-            {"size": {"type": "integer", "minimum": 1, "maximum": 16384}, "mean": _NUMBER_3, "std": _NUMBER_3},
-            {"crop": {"const": True}},
-        ),
+        "preprocessing": {"if": {"required": ["dims"]}, "then": _VOLUME, "else": _PICTURE},
         "parts": {
             "type": "array",
             "minItems": 1,

@@ -32,6 +32,7 @@ from .host import Host, check_backbone
 from .part import Part, find_part
 from .schema import FORMAT, MAX_JSON_BYTES, canonical, parse_json, validate
 from .task import Preprocessing, task_from_json
+from .volume_task import VolumePreprocessing, preprocessing_from_json
 
 JSON_NAME, TENSORS_NAME = "adapter.json", "adapter.safetensors"
 MAX_TENSOR_BYTES = 1 << 30
@@ -48,6 +49,7 @@ FILES = REQUIRED | OPTIONAL
 """Every file that the format names, and the most bytes that are read of it."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PROBE_SIDE = 32  # of a cube, at most, where the backbone takes one so small
 PROBE_TOLERANCE = {"float32": 1e-3}  # machines sum in other orders, through a whole network
 
 
@@ -255,14 +257,14 @@ def _is(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
-def _preprocessing(found: dict[str, Any]) -> Preprocessing:
+def _preprocessing(found: dict[str, Any]) -> Preprocessing | VolumePreprocessing:
     if (
         len(found["mean"]) != len(found["std"])
         or not all(abs(m) <= 1e6 for m in found["mean"])
         or not all(1e-6 <= s <= 1e6 for s in found["std"])
     ):
         raise BadAdapter(f"this adapter's normalisation cannot be applied: mean {found['mean']}, std {found['std']}")
-    return Preprocessing.from_json(found)
+    return preprocessing_from_json(found)
 
 
 def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: str) -> None:
@@ -288,7 +290,7 @@ def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: str
 
 def _probe_output(adapter: Adapter, backbone: Backbone, seed: int, size: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, backbone.spec.channels, size, size, generator=g)
+    x = torch.randn(1, backbone.spec.channels, *[size] * backbone.spec.dims, generator=g)
     p = next(backbone.parameters())
     graft = Graft.of(backbone, adapter)
     with torch.no_grad():
@@ -299,8 +301,10 @@ def _probe_output(adapter: Adapter, backbone: Backbone, seed: int, size: int) ->
 
 
 def make_probe(adapter: Adapter, backbone: Backbone, seed: int = 0) -> dict[str, Any]:
-    """A seeded normal input of the adapter's size, and 64 evenly spaced values of the logits that it gives."""
-    size = adapter.preprocessing.size
+    """A seeded normal input of the adapter's size (a volume: a small cube), and 64 evenly spaced values of the logits that it gives."""
+    size, spec = adapter.preprocessing.size, backbone.spec
+    if spec.dims == 3:
+        size = max(spec.fitting((min(size, PROBE_SIDE),) * 3))
     expected = _probe_output(adapter, backbone, seed, size)
     return {
         "seed": seed,

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import BadCall
-from ..pixels import bright_box, prepare
+from ..pixels import Fit, Frame, bright_box, prepare
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,46 @@ class Task:
 class Preprocessing:
     """Resize to `size` x `size` pixels, scale to [0, 1], subtract `mean`, divide by `std`, per channel.
 
-    With `crop` the dark border (of a fundus, say) is cut off first; what is predicted there is background.
+    With `crop` the dark border (of a fundus, say) is cut off first; what is predicted there is background. `fit` "pad" keeps the
+    aspect and fills the square up (SAM), "stretch" does not.
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop: bool = False
+    fit: Fit = "stretch"
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 -> (3, size, size) float32; bilinear with antialiasing."""
-        return prepare(image[bright_box(image)] if self.crop else image, self.size, self.mean, self.std)
+        return prepare(image[bright_box(image)] if self.crop else image, self.size, self.mean, self.std, self.fit)
+
+    @property
+    def said(self) -> str:
+        """In words, for people."""
+        cut = "without its dark border, " if self.crop else ""
+        return f"{cut}{self.size} x {self.size} pixels{', padded' if self.fit == 'pad' else ''}, in [0, 1]"
+
+    def frame(self, image: np.ndarray) -> Frame:
+        """Where the image lies in what `__call__` makes of it."""
+        return Frame.of(image, self.size, self.fit, crop=self.crop)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
         found: dict[str, Any] = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
-        return found | {"crop": True} if self.crop else found
+        found |= {"crop": True} if self.crop else {}
+        return found | {"fit": self.fit} if self.fit != "stretch" else found
 
     @staticmethod
     def from_json(found: dict[str, Any]) -> Preprocessing:
         """The inverse of `to_json`."""
-        return Preprocessing(int(found["size"]), tuple(found["mean"]), tuple(found["std"]), found.get("crop", False))
+        return Preprocessing(
+            int(found["size"]),
+            tuple(found["mean"]),
+            tuple(found["std"]),
+            found.get("crop", False),
+            found.get("fit", "stretch"),
+        )
 
 
 def task_from_json(found: dict[str, Any]) -> Task:

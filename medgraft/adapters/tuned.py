@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from ..backbones.base import Backbone
 from ..backbones.sites import Site
 from ..backbones.weights import Weights
 from ..errors import BadCall
+from .convolution import convolve
 from .part import Part, part, resolve, shapes
 from .task import Task
 
@@ -38,7 +40,7 @@ class Copies(nn.Module):
 class Tuned(Part):
     """See the top of the file. `tensors` maps each site to the names and shapes of what is copied."""
 
-    acts_on = ("norm", "linear", "conv", "weights")
+    acts_on = ("norm", "linear", "conv", "prompt", "weights")
     innermost = True
 
     def __init__(self, sites: Mapping[str, Sequence[int]], tensors: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -118,13 +120,23 @@ class Tuned(Part):
             weight, bias = own.get("weight", inner.weight), own.get("bias", inner.bias)
             return weight.to(inner.weight.dtype), bias.to(inner.bias.dtype)
         first = args[0]
+        if isinstance(inner, nn.Embedding):
+            return functional.embedding(first, own["weight"].to(inner.weight.dtype))
         own = {name: t.to(first.dtype) for name, t in own.items()}
         if type(inner) is nn.Linear:
             return functional.linear(first, own.get("weight", inner.weight), own.get("bias", inner.bias))
         if isinstance(inner, nn.LayerNorm):
-            return functional.layer_norm(
-                first, inner.normalized_shape, own.get("weight", inner.weight), own.get("bias", inner.bias), inner.eps
+            ahead = getattr(inner, "data_format", None) == "channels_first"  # transformers' norm of a map (B, C, h, w)
+            normed = functional.layer_norm(
+                first.movedim(1, -1) if ahead else first,
+                inner.normalized_shape,
+                own.get("weight", inner.weight),
+                own.get("bias", inner.bias),
+                inner.eps,
             )
+            return normed.movedim(-1, 1) if ahead else normed
+        if isinstance(inner, _ConvNd):
+            return convolve(inner, own.get("weight", inner.weight), own.get("bias", inner.bias), *args)
         return functional_call(inner, own, args, kwargs)
 
     def fold(self, sites: tuple[Site, ...], base: nn.Module) -> nn.Module:

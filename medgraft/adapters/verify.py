@@ -26,9 +26,13 @@ from .store import FILES, JSON_NAME, MAX_HEADER_BYTES, TENSORS_NAME, adapter_fro
 
 ITEMS = ("schema", "tensors", "fingerprint", "probe", "peft", "signature")
 MAX_PROBE_FACTOR = 4
-"""Probes beyond this many times the backbone's own image size are not replayed: a stranger may not choose how much
+"""Probes beyond this many times the backbone's own image size (volumes: beyond it) are not replayed: a stranger may not choose how much
 memory we use.
 """
+
+
+VOLUME_WEIGHTS = {"feature_size": 27_000, "filters": 20_000, "widths": 108}
+"""About how many parameters a 3D network has over the square of its width, by the option that says it."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def _refuse_greedy(id: str) -> None:
         k: int(v) for k, v in asked.options if k != "seed" and v.isdecimal()
     }
     parameters, tokens = 12 * sizes["width"] ** 2 * sizes["depth"], (sizes["size"] // max(1, sizes["patch"])) ** 2
+    widest = {k: max((int(n) for n in v.split("-") if n.isdecimal()), default=0) for k, v in asked.options}
+    parameters = max(parameters, *(weight * widest.get(key, 0) ** 2 for key, weight in VOLUME_WEIGHTS.items()))
     if asked.path is not None:
         raise BadCall("it names a file of some machine; load the backbone yourself and give it")
     if asked.random and (parameters > 1 << 27 or sizes["size"] > 2048 or tokens > 1 << 14):
@@ -150,9 +156,9 @@ def _refuse_greedy(id: str) -> None:
 def _probe(adapter: Adapter, probe: Mapping[str, Any] | None, backbone: Backbone) -> Verdict:
     if probe is None:
         return Verdict("probe", None, "the adapter holds none; save it with the backbone at hand and it will")
-    if probe["size"] > MAX_PROBE_FACTOR * backbone.spec.image_size:
+    if probe["size"] > (MAX_PROBE_FACTOR if backbone.spec.dims == 2 else 1) * backbone.spec.image_size:
         return Verdict(
-            "probe", None, f"a probe of {probe['size']} pixels is too large to be replayed on {backbone.spec.id}"
+            "probe", None, f"a probe of {probe['size']} pixels a side is too large to be replayed on {backbone.spec.id}"
         )
     try:
         off = replay_probe(adapter, backbone, probe)
