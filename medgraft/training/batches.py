@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadCall, BadData, unknown
-from ..pixels import bright_box
+from ..pixels import Fit, bright_box
 from .items import Dataset, Item
 from .label_dropout import LabelDropout
 from .packs import shorten
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 class Batches:
     """The training batches of some items, at side `size`, normalised by `mean` and `std`.
 
-    `task` is "segment" or "classify"; `crop` cuts off the dark border. Decoded, resized examples are kept in memory up to `keep_bytes`.
+    `task` is "segment" or "classify"; `crop` cuts off the dark border, `fit` says how a picture becomes a square. Decoded, resized examples are kept in memory up to `keep_bytes`.
     With `partial`, batches say which classes were annotated, and `dropout` drops some of these; `balance` names the key of the
     items by which they are sampled equally often. Raises `BadCall` for no items, a batch size below 1 or items without that key,
     `BadData` where an item cannot be read or, with `partial`, nothing is annotated; items that annotate nothing give a warning.
@@ -61,6 +61,7 @@ class Batches:
         augment: Augment | None = None,
         task: str = "segment",
         crop: bool = False,
+        fit: Fit = "stretch",
         partial: bool = False,
         dropout: LabelDropout | None = None,
         balance: Balance = "none",
@@ -74,7 +75,7 @@ class Batches:
             raise unknown("task", task, ("segment", "classify"))
         self.dataset, self.items, self.size, self.mean, self.std = dataset, tuple(items), size, mean, std
         self.batch_size, self.seed, self.augment, self.task = min(batch_size, len(items)), seed, augment, task
-        self.crop = crop
+        self.crop, self.fit = crop, fit
         self.partial, self.dropout, self.balance = partial or dropout is not None, dropout, balance
         self.streams = _streams(self.items, balance)
         if self.partial:
@@ -118,7 +119,9 @@ class Batches:
         if item.id not in self._digests:
             drawn_for = None if self.augment is None else item.id  # equal pixels under two names have other views
             said = (
-                f"{self.dataset.digest(item)}|{self.augment!r}|{drawn_for}|{self.mean}|{self.std}" + "|crop" * self.crop
+                f"{self.dataset.digest(item)}|{self.augment!r}|{drawn_for}|{self.mean}|{self.std}"
+                + "|crop" * self.crop
+                + f"|{self.fit}" * (self.fit != "stretch")
             )
             self._digests[item.id] = hashlib.sha256(said.encode()).hexdigest()
         return self._digests[item.id]
@@ -166,9 +169,9 @@ class Batches:
             return self._kept[item.id]
         image = self.dataset.image(item)
         box = bright_box(image) if self.crop else ...
-        x = to_tensor(image[box], self.size)
+        x = to_tensor(image[box], self.size, self.fit, self.mean)
         if self.task == "segment":
-            y = prepare_mask(self.dataset.mask(item)[box], self.size)
+            y = prepare_mask(self.dataset.mask(item)[box], self.size, self.fit)
         elif item.label is None:
             raise BadCall(f"item {item.id!r} has no label; choose items with sample_shots(..., task='classify')")
         else:

@@ -11,8 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ..adapters import Host
+from ..backbones import State
 from ..errors import BadCall, Diverged
 from .averaging import RunningAverage, WeightAverage, remeasure
 from .batches import Batch, Batches
@@ -30,7 +32,7 @@ from .losses import classification_loss, segmentation_loss
 from .metrics import dice, image_means
 from .report import Log
 
-Schedule = Literal["constant", "linear", "cosine", "halving"]
+Schedule = Literal["constant", "linear", "polynomial", "cosine", "halving", "drops"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class FitOptions:
     """How to optimise.
 
     steps, lr, weight_decay : AdamW, or with optimiser = "sgd" Nesterov's momentum of 0.9.
-    schedule   : after `warmup` steps, constant, or down to 0 linearly or by a cosine, or halved after each quarter of the steps.
+    schedule   : after `warmup` steps, constant, or down to 0 linearly, as (1 - t)^0.9 (polynomial) or by a cosine, halved after each quarter of the steps, or (drops) a tenth
+                 after 2/3 and again after 5/6 of them.
     clip       : largest gradient norm, 0 for none.
     accumulate : batches a step.
     precision  : "bf16" runs the forward pass under autocast.
@@ -66,7 +69,7 @@ class FitOptions:
             raise BadCall(
                 f"fit wants steps >= 1, accumulate >= 1 and lr > 0; got {self.steps}, {self.accumulate}, {self.lr}"
             )
-        if self.schedule not in ("constant", "linear", "cosine", "halving") or self.precision not in ("fp32", "bf16"):
+        if self.schedule not in get_args(Schedule) or self.precision not in ("fp32", "bf16"):
             raise BadCall(f"unknown schedule {self.schedule!r} or precision {self.precision!r}")
         if self.optimiser not in ("adamw", "sgd"):
             raise BadCall(f"optimiser is 'adamw' or 'sgd', got {self.optimiser!r}")
@@ -80,7 +83,9 @@ class FitOptions:
             "constant": 1.0,
             "linear": 1 - at,
             "cosine": (1 + math.cos(math.pi * at)) / 2,
+            "polynomial": (1 - at) ** 0.9,
             "halving": 0.5 ** int(4 * at),
+            "drops": 0.1 ** ((at >= 2 / 3) + (at >= 5 / 6)),
         }
         return self.lr * factor[self.schedule]
 
@@ -108,12 +113,14 @@ def fit(
     extra: Iterable[nn.Parameter] = (),
     validation: Batches | None = None,
     loss: Callable[..., Tensor] | None = None,
+    forward: Forward | None = None,
     mix: FuseStyle | None = None,
     average: WeightAverage | None = None,
     quiet: bool = False,
 ) -> Fitted:
     """Train the adapter `name` of `host` in place; only its parameters (and `extra`, for recipes that train a network) change.
 
+    `forward` makes the logits of a step (prompts, clicks); validation has none of it.
     `loss` is called with logits and targets and, where the labels are partial, the batch's `groups` (see `partial_losses`).
 
     With `out`, a JSON-lines log and the training state are kept there; `resume` goes on from that state. `mix` blends styles at
@@ -131,6 +138,7 @@ def fit(
     if mix is not None:
         mix.check(host.backbone, 0 if cache is None else cache.stage)
     optimiser = _optimiser(parameters, options)
+    forward = forward or plain
     loss = loss or (segmentation_loss if adapter.task.kind == "segment" else classification_loss)
     running = None if average is None else RunningAverage(average, parameters, options.steps)
     identity = _identity(options, batches, parameters, mix, average, loss)
@@ -150,7 +158,7 @@ def fit(
                 for group in optimiser.param_groups:
                     group["lr"] = options.rate(step)
                 value, overlap = _step(
-                    host, name, batches, options, step, cache, mix, loss, parameters, optimiser, device
+                    host, name, batches, options, step, cache, mix, loss, forward, parameters, optimiser, device
                 )
                 smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
                 step += 1
@@ -182,7 +190,7 @@ def fit(
                     keeper.save(step)
             if running is not None and running.count:  # a run stopped early may have come to no checkpoint
                 running.apply()
-                _remeasure(host, name, batches, options, cache, mix, device)
+                _remeasure(host, name, batches, options, cache, mix, device, forward)
     finally:
         adapter.eval()
         if log is not None:
@@ -191,6 +199,28 @@ def fit(
     return Fitted(
         step, smooth if smooth is not None else float("nan"), seconds, (step - first) / max(seconds, 1e-9), best
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One forward pass in training: `resume(state, images, name, prompts=...)` gives logits, with gradients, as often as wanted."""
+
+    host: Host
+    name: str
+    batch: Batch
+    state: State
+    images: Tensor
+    step: int
+    resume: Callable[..., Tensor]
+
+
+Forward = Callable[[Asked], Tensor]
+"""From what a step asks to logits (B, K, H, W); recipes with prompts have one of their own."""
+
+
+def plain(asked: Asked) -> Tensor:
+    """The usual forward pass: no prompts."""
+    return asked.resume(asked.state, asked.images, asked.name)
 
 
 def _step(
@@ -202,6 +232,7 @@ def _step(
     cache: PrefixCache | None,
     mix: FuseStyle | None,
     loss: Callable[..., Tensor],
+    forward: Forward,
     parameters: list[nn.Parameter],
     optimiser: torch.optim.Optimizer,
     device: torch.device,
@@ -214,7 +245,7 @@ def _step(
             batch = batches.batch(step * options.accumulate + part)
             images, targets = batch.images.to(device), batch.targets.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                logits = _logits(host, name, images, batch, batches, cache, mix, options.remat)
+                logits = _logits(host, name, images, batch, batches, cache, mix, options.remat, forward, step)
             told = () if batch.groups is None else (batch.groups.to(device),)  # what each row's annotator told apart
             one = loss(logits, targets, *told) / options.accumulate
             if not torch.isfinite(one):
@@ -246,14 +277,14 @@ def _logits(
     cache: PrefixCache | None,
     mix: FuseStyle | None,
     remat: bool,
+    forward: Forward,
+    step: int,
 ) -> Tensor:
     if cache is not None:
-        state = cache.states(images, [batches.digest(item) for item in batch.items], batch.views)
-        return host.resume(state, images, name, between=mix)
-    if mix is None:
-        return host(images, name, remat=remat)
-    stem = host.backbone.stem(host.backbone.checked(images))
-    return host.resume(stem, images, name, remat=remat, between=mix)
+        state, remat = cache.states(images, [batches.digest(item) for item in batch.items], batch.views), False
+    else:
+        state = host.backbone.stem(host.backbone.checked(images))
+    return forward(Asked(host, name, batch, state, images, step, partial(host.resume, remat=remat, between=mix)))
 
 
 @torch.no_grad()
@@ -265,12 +296,15 @@ def _remeasure(
     cache: PrefixCache | None,
     mix: FuseStyle | None,
     device: torch.device,
+    forward: Forward,
 ) -> None:
     """Batch norm under averaged weights: about one pass over the training images, as they were trained on."""
 
     def logits(batch: Batch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            return _logits(host, name, batch.images.to(device), batch, batches, cache, mix, False)
+            return _logits(
+                host, name, batch.images.to(device), batch, batches, cache, mix, False, forward, options.steps
+            )
 
     pass_over = range(-(-len(batches.items) // batches.batch_size))
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
 """Plain folders, without a `dataset.json`.
 
 images/a.png  masks/a.png or a_mask.png          segmentation; also train/images + train/masks, val/..., test/...
+images/a.nii.gz  masks/a.nii.gz or labels/...    segmentation of volumes, likewise
 CLASS/a.png                                      classification
 train/CLASS/a.png  [val/CLASS/...] [test/...]    classification with a split
 """
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..errors import BadData
 from ..images import IMAGE_SUFFIXES, read_mask_values
+from ..volumes import READ, label_values, volume_stem
 from .items import SPLITS, Item
 from .packs import UNSPLIT, Found, shorten
 
@@ -42,8 +44,9 @@ def read_folder(root: Path) -> Found:
 
 
 def _pairs(root: Path, folder: Path, split: str) -> list[Item]:
-    """Images of `folder/images` with their masks of `folder/masks`, matched by stem."""
-    images, masks = _by_stem(folder / "images"), _by_stem(folder / "masks", drop="_mask")
+    """Images of `folder/images` with their masks of `folder/masks` (or `labels`), matched by stem."""
+    drawn = "labels" if (folder / "labels").is_dir() and not (folder / "masks").is_dir() else "masks"
+    images, masks = _by_stem(folder / "images"), _by_stem(folder / drawn, drop="_mask")
     alone = [path.name for stem, path in images.items() if stem not in masks]
     if alone:
         raise BadData(
@@ -61,9 +64,14 @@ def _pairs(root: Path, folder: Path, split: str) -> list[Item]:
 
 def _with_classes(root: Path, items: list[Item]) -> Found:
     """Name the classes after the values that the masks hold: "foreground" where binary, else class_1, class_2, ..."""
+    of_volumes = {is_volume(path) for item in items for path in (item.image, item.masks["mask"]) if path is not None}
+    if len(of_volumes) > 1:
+        raise BadData(f"{root} holds pictures and volumes; keep them in two folders")
+    dims = 3 if of_volumes == {True} else 2
     values: set[int] = set()
     for item in items:
-        values |= {int(v) for v in np.unique(read_mask_values(item.masks["mask"]))}
+        mask = item.masks["mask"]
+        values |= set(label_values(mask)) if dims == 3 else {int(v) for v in np.unique(read_mask_values(mask))}
         if len(values) > _MOST_VALUES or min(values) < 0 or max(values) > 65535:
             raise BadData(
                 f"the masks of {root} hold {len(values)} different values by {item.masks['mask'].name} "
@@ -73,11 +81,13 @@ def _with_classes(root: Path, items: list[Item]) -> Found:
     foreground = sorted(values - {0})
     if not foreground:
         raise BadData(f"all {len(items)} masks of {root} are empty; there is nothing to learn")
-    if foreground in ([1], [255], [65535]):
+    if dims == 2 and foreground in ([1], [255], [65535]):
         return Found(root.name, items, {"mask": {1: "foreground"}})
     if foreground[-1] > 255:
         raise BadData(f"the masks of {root} use the value {foreground[-1]}; save them with 8 bits, values 0..255")
-    return Found(root.name, items, {"mask": {value: f"class_{n}" for n, value in enumerate(foreground, start=1)}})
+    binary = foreground in ([1], [255])
+    named = {value: "foreground" if binary else f"class_{n}" for n, value in enumerate(foreground, start=1)}
+    return Found(root.name, items, {"mask": named}, dims=dims)
 
 
 def _classification(root: Path, splits: dict[str, Path]) -> Found:
@@ -107,14 +117,20 @@ def need_unique(root: Path, names: Iterable[str]) -> None:
 def _by_stem(folder: Path, drop: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         raise BadData(f"{folder.parent} has no folder {folder.name}/; {_LAYOUTS}")
-    pictures = _pictures(folder)
-    if not pictures:
-        volumes = any(path.name.endswith((".nii", ".nii.gz")) for path in folder.iterdir())
-        why = "only volumes, which need medgraft[volumes] and a 3D recipe" if volumes else "no pictures"
-        raise BadData(f"{folder} holds {why}; a picture ends in {', '.join(IMAGE_SUFFIXES)}")
-    stems = [path.stem.removesuffix(drop) for path in pictures]
+    files = _pictures(folder) + sorted(path for path in folder.iterdir() if is_volume(path))
+    if not files:
+        raise BadData(
+            f"{folder} holds no pictures and no volumes; a picture ends in {', '.join(IMAGE_SUFFIXES)}, a volume in "
+            f"{', '.join(READ)}"
+        )
+    stems = [(volume_stem(path) if is_volume(path) else path.stem).removesuffix(drop) for path in files]
     need_unique(folder, stems)
-    return dict(zip(stems, pictures, strict=True))
+    return dict(zip(stems, files, strict=True))
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file's name is that of a volume."""
+    return path.name.lower().endswith(READ) and not path.name.startswith(".")
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -138,7 +138,7 @@ class InContext:
     def _seen(self, image: np.ndarray) -> np.ndarray:
         """A query as the pairs are stored: grey, by its own range, at the adapter's size."""
         backbone = self.host.backbone
-        x = self.host.adapters[NAME].preprocessing(image)[None].to(next(backbone.parameters()))
+        x = self.host.adapters[NAME].for_pictures(image)[None].to(next(backbone.parameters()))
         h, w = x.shape[-2:]
         return _grey(backbone.stem(backbone.checked(x)).x[0, 0, 0, :h, :w].cpu())
 

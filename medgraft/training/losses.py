@@ -27,14 +27,15 @@ Form = Literal["avit", "dice_ce"]
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, *, form: Form = "avit") -> Tensor:
-    """logits (B, K, H, W), target (B, H, W) int64 with values 0 .. max(K, 2) - 1 -> a scalar, float32.
+    """logits (B, K, H, W) or (B, K, D, H, W), target without K, int64 with values 0 .. max(K, 2) - 1 -> a scalar, float32.
 
     "avit" is AViT's loss (batch Dice, squared denominators); "dice_ce" is MONAI's usual one, image by image.
     Raises `BadCall` for other shapes, dtypes or values (looked at on the CPU only), `UnknownName` for another form.
     """
     if form not in get_args(Form):
         raise unknown("form of the segmentation loss", form, get_args(Form))
-    _check(logits, target, logits.ndim == 4 and target.shape == logits.shape[:1] + logits.shape[2:], "(B, K, H, W)")
+    space = logits.ndim in (4, 5) and target.shape == logits.shape[:1] + logits.shape[2:]
+    _check(logits, target, space, "(B, K, H, W) or (B, K, D, H, W)")
     z = logits.float()
     overlap = _dice_loss(form, binary=z.shape[1] == 1)(z, target[:, None].float())
     if z.shape[1] == 1:

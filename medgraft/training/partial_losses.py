@@ -14,8 +14,10 @@ With z the logits, t a pixel's target, G(t) its group without the unannotated cl
     marginal   S = all, G(0) = {0} + U; plus soft Dice of the merged probabilities               (Shi et al.; METHODS 8)
     hybrid     S = all but U, over pixels of annotated structures; plus soft Dice of these       (METHODS 14)
     bce        sum over annotated groups g of BCE(lse_{k in g} z_k - z_0, t in g)                (Petit et al.; METHODS 13)
+    sigmoid_dice  mean over annotated groups g of soft Dice of sigmoid(lse_{k in g} z_k - z_0)      (FSEFT, Eq. 1; METHODS 2)
 
-bce takes a class's log-odds against the background, so that a threshold of 1/2 for every class is the argmax over channels.
+bce and sigmoid_dice take a class's log-odds against the background, so that a threshold of 1/2 for every class is the argmax over channels.
+sigmoid_dice sums over each row's voxels by itself, and means over the rows that annotate something.
 
 Reduction: mean over the pixels of the rows that annotate something; a row without any annotation adds exactly 0 to the loss and
 to every gradient (in the standard losses it is all background), and a warning says so. Soft Dice sums over the batch, once for every group
@@ -38,7 +40,7 @@ from torch.nn import functional as F
 from ..errors import BadCall, unknown
 from .losses import SMOOTH
 
-Name = Literal["standard", "standard_dice", "adaptive", "bce", "marginal", "hybrid"]
+Name = Literal["standard", "standard_dice", "adaptive", "bce", "marginal", "hybrid", "sigmoid_dice"]
 
 
 def standard_loss(logits: Tensor, target: Tensor, groups: Tensor) -> Tensor:
@@ -75,6 +77,20 @@ def bce_loss(logits: Tensor, target: Tensor, groups: Tensor) -> Tensor:
             odds = _lse(z[rows], _over_pixels(members[rows], z)) - z[rows, 0]
             total = total + F.binary_cross_entropy_with_logits(odds, (t[rows] == k).float(), reduction="sum")
     return total / t.numel()
+
+
+def sigmoid_dice_loss(logits: Tensor, target: Tensor, groups: Tensor) -> Tensor:
+    """Shapes as `standard_loss`. The gradient at the logits of an unannotated class is exactly 0."""
+    z, t, g = _annotated_rows(*_ready(logits, target, groups))
+    if not len(z):
+        return _nothing(logits)
+    total = z.new_zeros(())
+    for row, drawn, own in zip(z, t, g, strict=True):
+        ids = [k for k in own.unique().tolist() if k]
+        odds = torch.stack([row[own == k].logsumexp(0) - row[0] for k in ids]).flatten(1)
+        p, y = odds.sigmoid(), torch.stack([drawn == k for k in ids]).flatten(1).float()
+        total = total + (1 - (2 * (p * y).sum(1) + SMOOTH) / (p.sum(1) + y.sum(1) + SMOOTH)).mean()
+    return total / len(z)
 
 
 def marginal_loss(logits: Tensor, target: Tensor, groups: Tensor, *, published: bool = False) -> Tensor:
@@ -178,6 +194,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "adaptive": adaptive_loss,
     "bce": bce_loss,
     "hybrid": hybrid_loss,
+    "sigmoid_dice": sigmoid_dice_loss,
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..adapters import Host
 from ..adapters.files import write_text
@@ -14,8 +15,12 @@ from .model import NAME
 from .report import overlay_png
 
 
-def predict_files(host: Host, images: Sequence[Path], out: Path) -> Iterator[str]:
+def predict_files(
+    host: Host, images: Sequence[Path], out: Path, prompts: Mapping[str, Any] | None = None
+) -> Iterator[str]:
     """Write STEM.png and STEM_overlay.png for each image (or predictions.json) into `out`; yields a line for each.
+
+    `prompts` as of `Host.predict`, the same for every image.
 
     Every image is read before anything is written. Raises BadData for one that cannot be read, BadCall for two of one stem.
     """
@@ -32,7 +37,7 @@ def predict_files(host: Host, images: Sequence[Path], out: Path) -> Iterator[str
     answers = {}
     for path in images:
         pixels = read_image(path)
-        answer = host.predict(pixels, NAME)
+        answer = host.predict(pixels, NAME, prompts=prompts)
         if task.kind == "classify":
             answers[path.name] = answer
             best = max(answer, key=answer.get)

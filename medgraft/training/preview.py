@@ -25,7 +25,7 @@ def phantom_preview(host: Host, name: str, *, count: int = 3) -> bytes:
         file = Path(folder) / "tile.png"
         for seed in range(count):
             image = preview_image(seed)
-            overlay_png(image, host.predict(image, name), None, file, classes)
+            overlay_png(image, host.on(image).predict(name, by_default=True), None, file, classes)
             with Image.open(file) as tile:
                 small = tile.convert("RGB")
                 small.thumbnail((SIDE, 2 * SIDE))

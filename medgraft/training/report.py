@@ -202,13 +202,14 @@ def overlay_png(
     for value in present:
         inside = large[0] == value
         canvas[inside] = 0.5 * canvas[inside] + 0.5 * np.array(colour_of(value))
-        canvas[_edge(inside, 2)] = colour_of(value)
+        canvas[edge(inside, 2)] = colour_of(value)
     for value in present if truth is not None else []:
         inside = large[-1] == value
-        canvas[_edge(inside, 3)] = (0, 0, 0)  # a dark line under a light one shows on any ground
-        canvas[_edge(inside, 2)] = np.array(colour_of(value)) * 0.5 + 127.5
+        canvas[edge(inside, 3)] = (0, 0, 0)  # a dark line under a light one shows on any ground
+        canvas[edge(inside, 2)] = np.array(colour_of(value)) * 0.5 + 127.5
     picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    save_picture(_with_legend(picture, present, classes, truth is not None), path)
+    note = "" if truth is None else "(fill: prediction, outline: truth)"
+    save_picture(with_legend(picture, present, classes, note), path)
 
 
 def colour_of(value: int) -> tuple[int, int, int]:
@@ -219,7 +220,7 @@ def colour_of(value: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _edge(inside: np.ndarray, width: int) -> np.ndarray:
+def edge(inside: np.ndarray, width: int) -> np.ndarray:
     """The pixels of a region (H, W) that lie within `width` of its outside; the picture's border is no edge."""
     core = inside
     for _ in range(width):
@@ -228,13 +229,13 @@ def _edge(inside: np.ndarray, width: int) -> np.ndarray:
     return inside & ~core
 
 
-def _with_legend(picture: Image.Image, present: list[int], classes: Mapping[int, str], truth: bool) -> Image.Image:
-    """The picture with a strip below: a swatch and a name for each class, wrapped to the width."""
+def with_legend(picture: Image.Image, present: Sequence[int], classes: Mapping[int, str], note: str) -> Image.Image:
+    """The picture with a strip below: a swatch and a name for each class, then `note`, wrapped to the width."""
     font = ImageFont.load_default(_LEGEND_FONT)
     words: list[tuple[str, tuple[int, int, int] | None]] = [(classes[value], colour_of(value)) for value in present]
     words = words or [("nothing found", None)]
-    if truth:
-        words.append(("(fill: prediction, outline: truth)", None))
+    if note:
+        words.append((note, None))
     height, gap, x, y = _LEGEND_FONT + 8, 8, 8, 4
     places = []
     for text, colour in words:

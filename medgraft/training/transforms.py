@@ -24,17 +24,20 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..errors import BadCall
-from ..pixels import normalise, prepare, square, to_tensor
+from ..pixels import Fit, fitted, normalise, prepare, square, to_tensor
 
 __all__ = ["Augment", "normalise", "prepare", "prepare_mask", "to_tensor"]
 
 
-def prepare_mask(mask: np.ndarray, size: int) -> Tensor:
-    """uint8 (H, W) to int64 (size, size), nearest neighbour on the pixel centres `prepare` uses. Raises `BadCall`."""
+def prepare_mask(mask: np.ndarray, size: int, fit: Fit = "stretch") -> Tensor:
+    """uint8 (H, W) to int64 (size, size), nearest neighbour on the pixel centres `prepare` uses; padding is 0. Raises `BadCall`."""
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise BadCall(f"a mask is uint8 (H, W), got {mask.dtype} {mask.shape}; read it with read_mask")
+    square(size)
+    h, w = fitted((mask.shape[0], mask.shape[1]), size, fit)
     x = torch.from_numpy(np.ascontiguousarray(mask))[None]
-    return tv.resize(x, square(size), interpolation=InterpolationMode.NEAREST_EXACT)[0].long()
+    inside = tv.resize(x, [h, w], interpolation=InterpolationMode.NEAREST_EXACT)[0].long()
+    return torch.nn.functional.pad(inside, (0, size - w, 0, size - h))
 
 
 @dataclass(frozen=True)

@@ -118,5 +118,9 @@ def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
     volumes = tmp_path / "v"
     (volumes / "images").mkdir(parents=True)
     (volumes / "images/a.nii.gz").write_bytes(b"x")
-    with pytest.raises(BadData, match=r"only volumes, which need medgraft\[volumes\]"):
+    with pytest.raises(BadData, match="v has no folder masks/"):
+        load_dataset(volumes)
+    (volumes / "masks").mkdir()
+    (volumes / "masks/a.txt").write_text("x")
+    with pytest.raises(BadData, match="masks holds no pictures and no volumes"):
         load_dataset(volumes)

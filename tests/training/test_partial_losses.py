@@ -26,7 +26,7 @@ from tests.helpers import close
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 S = 1e-5
 LOSSES = {name: PartialLoss(name) for name in get_args(Name)}  # type: ignore[arg-type]
-MASKED = ("adaptive", "bce", "hybrid")  # an unannotated class gets no gradient at all
+MASKED = ("adaptive", "bce", "hybrid", "sigmoid_dice")  # an unannotated class gets no gradient at all
 SPACES = [(5, 4), (3, 4, 5)]
 
 Z = [0.5, 1.0, -0.3, 2.0]  # one pixel, or the first of two
@@ -103,6 +103,17 @@ def test_hybrid_by_hand() -> None:
         p = [share(Z, (k,), kept), share(Y, (k,), kept)]
         dice.append(1 - (2 * p[0] * hits[0] + S) / (sum(p) + sum(hits) + S))
     assert hybrid_loss(pixels(Z, Y), t, BY_HAND).item() == pytest.approx(entropy + sum(dice) / 2, abs=1e-6)
+
+
+def test_sigmoid_dice_by_hand() -> None:
+    dice = []
+    for k, hits in ((1, (1, 0)), (2, (0, 0))):  # the second pixel shows no annotated structure
+        p = [1 / (1 + exp(v[0] - v[k])) for v in (Z, Y)]
+        dice.append(1 - (2 * p[0] * hits[0] + S) / (sum(p) + sum(hits) + S))
+    z, t = pixels(Z, Y), torch.tensor([[[1, 3]]])
+    assert LOSSES["sigmoid_dice"](z, t, BY_HAND).item() == pytest.approx(sum(dice) / 2, abs=1e-6)
+    rows = torch.cat([z, z]), torch.cat([t, t]), torch.cat([BY_HAND, torch.tensor([[0, 1, 0, 0]])])
+    assert LOSSES["sigmoid_dice"](*rows).item() == pytest.approx((sum(dice) / 2 + dice[0]) / 2, abs=1e-6)
 
 
 def test_coarse_labels_by_hand() -> None:
