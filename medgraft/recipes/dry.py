@@ -14,6 +14,8 @@ from ..backbones import Backbone
 from ..training.data import Dataset, Item
 from ..training.fit import FitOptions
 from ..training.phantoms import REGIONS, phantom
+from ..training.volume_data import Volumes
+from ..volumes import Volume
 from .registry import find_recipe
 from .run import Run
 
@@ -30,6 +32,20 @@ class Drawn(Dataset):
         return (phantom(int(item.id), scene="lesion").region == REGIONS.index("lesion")).astype(np.uint8)
 
 
+class DrawnVolumes(Volumes):
+    """Two drawn volumes of a cube, for backbones of three dimensions."""
+
+    def volume(self, item: Item) -> Volume:
+        """(16, 16, 16) float32, bright in the cube."""
+        values = np.zeros((16, 16, 16), np.float32)
+        values[4:10, 4:10, 4:10] = 1
+        return Volume(values, np.eye(4), item.id)
+
+    def mask(self, item: Item, labels: str | None = None) -> np.ndarray:
+        """(16, 16, 16) uint8."""
+        return self.volume(item).values.astype(np.uint8)
+
+
 class DryRun(Run):
     """A run that stops where training would begin and keeps the parts."""
 
@@ -38,8 +54,10 @@ class DryRun(Run):
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Two drawn pictures."""
-        items = tuple(Item(str(n), "train", masks={"mask": Path()}) for n in range(2))
+        """Two drawn pictures, or volumes."""
+        items = tuple(Item(str(n), "train", masks={"mask": Path()}, domain="drawn") for n in range(2))
+        if self.frozen.spec.dims == 3:
+            return DrawnVolumes("drawn", Path(), items, 3, classes={1: "target"})
         return Drawn("drawn", Path(), items, classes={1: "target"})
 
     @cached_property
@@ -49,8 +67,8 @@ class DryRun(Run):
 
     @cached_property
     def support(self) -> list[Item]:
-        """Nothing."""
-        return []
+        """Both."""
+        return list(self.dataset.items)
 
     def train(
         self,

@@ -184,7 +184,7 @@ class Judge:
     def seen(self, dataset: Dataset, items: Sequence[Item]) -> Seen:
         """What it makes of some items."""
         plan = Graft.of(self.backbone, self.adapter).plan
-        pooled, labels = features_of(self.backbone, dataset, items, self.adapter.preprocessing, plan)
+        pooled, labels = features_of(self.backbone, dataset, items, self.adapter.for_pictures, plan)
         with torch.no_grad():
             return Seen(pooled, labels, class_probabilities(self.head, pooled))
 

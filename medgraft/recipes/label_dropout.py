@@ -99,10 +99,11 @@ def _together(run: Run, also: str, coarse: str, mapping: Path | None) -> Dataset
         return run.dataset
     folders = [run.data, *(Path(folder.strip()) for folder in also.split(","))]
     packs = [load_dataset(folder, labels=run.labels, seed=run.seed) for folder in folders]
-    return assemble(packs, None if mapping is None else _class_map(mapping), classes=run.classes)
+    return assemble(packs, None if mapping is None else class_map(mapping), classes=run.classes)
 
 
-def _class_map(file: Path) -> dict[str, dict[str, Any]]:
+def class_map(file: Path) -> dict[str, dict[str, Any]]:
+    """Harmonised class names by pack, from a JSON file. Raises BadData."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as broken:

@@ -6,31 +6,38 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from .. import __version__
-from ..adapters import Adapter, ClassifierHead, Host, LinearHead, Part, Task
+from ..adapters import Adapter, ClassifierHead, Host, LinearHead, Part, Preprocessing, Task
 from ..adapters.aspp_head import ASPPHead
 from ..adapters.store import save_adapter
+from ..adapters.volume_task import VolumePreprocessing
 from ..backbones import Backbone, load_backbone
 from ..errors import BadCall, BadData, MissingExtra, SaveFailed
 from ..training.averaging import WeightAverage
 from ..training.cache import PrefixCache
 from ..training.data import Augment, Batches, Dataset, Item, load_dataset, sample_shots
-from ..training.fit import FitOptions, Fitted, fit
+from ..training.fit import FitOptions, Fitted, Forward, fit
 from ..training.fuse_style import FuseStyle
 from ..training.keeper import forget_state
 from ..training.model import choose_device
 from ..training.network import save_network
+from ..training.patches import Crops, Patches, volume_of
 from ..training.preview import phantom_preview
+from ..training.prompting import prompts_of
 from ..training.report import curves_png, overlay_png
 from ..training.slices import Axis, Slices, pictured, slices_of
+from ..training.volume_data import volumes_of
+from ..training.volume_report import slices_png
+from ..voxels import Intensity
 
 NAME = "task"  # the name under which a recipe's adapter is resident while it trains
 
@@ -56,6 +63,8 @@ class Run:
     blur, colour: largest blur in pixels and gain of a colour among the augmentations (cameras differ in these); 0 is off.
     cache       : keep the frozen prefix of each view: memory, a directory, or off.
     mix         : blend styles of batch mates after stage `mix_stage` (default: the cached one, or the first): see `FuseStyle`.
+    patches     : of each volume in a step, `views` of them in the bank; `image_size` is their side. Volumes for a backbone of 3D only.
+    spacing     : millimetres that volumes are resampled to. window : LOW,HIGH of intensities. Default: as the backbone was trained.
     average     : save the average of the weights along training: of the last quarter (swa), or exponentially fading (ema).
     dtype       : storage type of the saved tensors.
     """
@@ -81,6 +90,9 @@ class Run:
     mix: Literal["none", "random", "dot", "cosine"] = "none"
     mix_stage: int | None = None
     average: Literal["none", "swa", "ema"] = "none"
+    patches: int = 6
+    spacing: float | None = None
+    window: str | None = None
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -105,6 +117,8 @@ class Run:
         )
         if self.task == "segment" and not found.classes:
             raise BadData(f"{found.name!r} has no masks; it can be classified: --task classify")
+        if found.dims == 3 and not self.axis and self.frozen.spec.dims == 3:
+            return volumes_of(found)
         return slices_of(found, self.axis) if found.dims == 3 and self.axis else found
 
     @cached_property
@@ -132,6 +146,15 @@ class Run:
             return Task("classify", tuple(self.dataset.label_names))
         return Task("segment", tuple(self.dataset.classes[v] for v in sorted(self.dataset.classes)))
 
+    @cached_property
+    def preprocessing(self) -> Preprocessing | VolumePreprocessing:
+        """How an image or a volume is prepared; it travels in the adapter. Raises BadCall."""
+        spec = self.frozen.spec
+        if spec.dims == 2:
+            return Preprocessing(spec.image_size, spec.mean, spec.std, self.crop, spec.fit)
+        spacing = None if self.spacing is None else (self.spacing,) * 3
+        return VolumePreprocessing.of(spec, spacing=spacing, intensity=intensity_of(self.window))
+
     def seeded(self) -> None:
         """Seed the drawing of fresh parts. Call it once, before they are made."""
         torch.manual_seed(self.seed)
@@ -147,6 +170,8 @@ class Run:
     def batches(self, **partial: Any) -> Batches:
         """The training batches; `partial`, `dropout` and `balance` are those of `Batches`."""
         spec = self.frozen.spec
+        if isinstance(self.preprocessing, VolumePreprocessing):
+            return self.volume_batches(**partial)
         views = self.views if self.augment == "bank" else None
         augment = None if self.augment == "none" else Augment(self.seed, views, blur=self.blur, colour=self.colour)
         return Batches(
@@ -160,6 +185,23 @@ class Run:
             augment=augment,
             task=self.task,
             crop=self.crop,
+            fit=spec.fit,
+            **partial,
+        )
+
+    def volume_batches(self, **partial: Any) -> Patches:
+        """`batches`, for a backbone of 3D: patches of `batch` volumes. Augmentations are those of FSEFT's pretraining."""
+        assert isinstance(self.preprocessing, VolumePreprocessing)
+        views, plain = None if self.augment == "fresh" else self.views, self.augment == "none"
+        return Patches(
+            self.dataset,
+            self.support,
+            self.preprocessing,
+            self.frozen.spec,
+            volumes=self.batch,
+            patches=self.patches,
+            crops=Crops(self.seed, views, turn=not plain, shift=0.0 if plain else 0.1),
+            seed=self.seed,
             **partial,
         )
 
@@ -191,20 +233,21 @@ class Run:
         stand_in: Mapping[str, Part] | None = None,
         partial: Mapping[str, Any] | None = None,
         loss: Callable[..., torch.Tensor] | None = None,
+        forward: Forward | None = None,
     ) -> dict[str, Any]:
         """Fit `parts` on the support and save the adapter; returns a summary (the recipe's result).
 
         With `network`, a trainable copy of the backbone, everything is trained and a network is saved instead. `stand_in` are parts
         that take the place of those of the same name while training, on `batches` of the recipe's own.
-        `partial` goes to `Run.batches`, `loss` replaces the usual one.
+        `partial` goes to `Run.batches`, `loss` and `forward` replace the usual ones.
         """
         backbone = network or self.frozen
         provenance = self.provenance(recipe, {**(settings or {}), **asdict(options)})
-        adapter = Adapter.of(backbone, self.goal, parts, provenance=provenance)
-        adapter.preprocessing = replace(adapter.preprocessing, crop=self.crop)
+        adapter = Adapter.of(backbone, self.goal, parts, preprocessing=self.preprocessing, provenance=provenance)
         adapter.to(self.where)
         host = Host(backbone)
-        trained = Adapter.of(backbone, self.goal, {**parts, **stand_in}) if stand_in else adapter
+        own = self.preprocessing
+        trained = Adapter.of(backbone, self.goal, {**parts, **stand_in}, preprocessing=own) if stand_in else adapter
         host.add(trained, NAME)
         extra = list(network.parameters()) if network is not None else []
         cache = self.prefix_cache(host) if network is None else None
@@ -220,6 +263,7 @@ class Run:
             mix=self.style_mixing(cache),
             average=AVERAGES[self.average],
             loss=loss,
+            forward=forward,
             extra=extra,
             quiet=self.quiet,
         )
@@ -227,7 +271,8 @@ class Run:
             host.remove(NAME)
             host.add(adapter, NAME)
         if network is None:
-            pictures = {"preview.png": phantom_preview(host, NAME)} if self.task == "segment" else {}
+            drawn = self.task == "segment" and backbone.spec.dims == 2
+            pictures = {"preview.png": phantom_preview(host, NAME)} if drawn else {}
             save_adapter(adapter, self.out, dtype=self.dtype, backbone=self.frozen, extra_files=pictures)
         else:
             save_network(network, adapter, self.out, image_size=network.spec.image_size)
@@ -243,8 +288,8 @@ class Run:
     ) -> dict[str, Any]:
         """Save parts that nothing trains; returns a summary."""
         began = time.perf_counter()
-        adapter = Adapter.of(self.frozen, self.goal, parts, provenance=self.provenance(recipe, settings or {}))
-        adapter.preprocessing = replace(adapter.preprocessing, crop=self.crop)
+        facts = self.provenance(recipe, settings or {})
+        adapter = Adapter.of(self.frozen, self.goal, parts, preprocessing=self.preprocessing, provenance=facts)
         host = Host(self.frozen)
         host.add(adapter, NAME)
         save_adapter(adapter, self.out, dtype=self.dtype, backbone=self.frozen)
@@ -277,9 +322,20 @@ class Run:
         folder.mkdir(exist_ok=True)
         held_out = self.dataset.split("val") or self.dataset.split("test") or self.support
         for item in pictured(held_out, 4):
-            image = self.dataset.image(item)
             file = folder / f"{item.id.replace('/', '_')}.png"
-            overlay_png(image, host.predict(image, NAME), self.dataset.mask(item), file, dict(self.dataset.classes))
+            if self.frozen.spec.dims == 3:
+                volume = volume_of(self.dataset, item)
+                slices_png(
+                    volume, host.predict(volume, NAME), self.dataset.mask(item), file, dict(self.dataset.classes)
+                )
+                continue
+            image = self.dataset.image(item)
+            overlay_png(image, self.shown(host, item), self.dataset.mask(item), file, dict(self.dataset.classes))
+
+    def shown(self, host: Host, item: Item) -> np.ndarray:
+        """The prediction of one item for a picture; a promptable adapter is asked by the box of the truth."""
+        asked = prompts_of(host.adapters[NAME], self.dataset.mask(item), item)
+        return host.on(self.dataset.image(item)).predict(NAME, prompts=asked, by_default=True)
 
     def provenance(self, recipe: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """How the adapter came to be, without paths or item ids."""
@@ -323,6 +379,17 @@ class Run:
     def steps_or(self, epochs: int) -> int:
         """The steps asked for, or as many as show every support image `epochs` times."""
         return self.steps if self.steps is not None else max(1, epochs * -(-len(self.support) // self.batch))
+
+
+def intensity_of(window: str | None) -> Intensity | None:
+    """The intensity rule of "LOW,HIGH". Raises BadCall."""
+    if window is None:
+        return None
+    try:
+        low, high = map(float, window.split(","))
+    except ValueError:
+        raise BadCall(f"a window of intensities is written LOW,HIGH, as in -175,250; got {window!r}") from None
+    return ("window", low, high)
 
 
 def directory_bytes(folder: Path) -> int:

@@ -23,7 +23,8 @@ from tests.helpers import says
 
 TINY = "random:timm:vit_tiny_patch16_224"
 SEGMENT_ONLY = {"avit", "label_dropout"}
-WITHOUT_FIT = {"gpt4mia", "universeg", "universeg_tune"}
+WITHOUT_FIT = {"gpt4mia", "universeg", "universeg_tune"} | {n for n in RECIPES if "sam" in n}
+WITHOUT_FIT |= {"foundation3d", "fseft", "sparse_transfer", "volume_lora"}
 """Recipes that train nothing step by step, so that there is no log, no curve and no size without data, or that want a backbone of
 another kind: tested in their own files."""
 
