@@ -23,6 +23,7 @@ _HOME = {
     "Host": "adapters",
     "MedgraftError": "errors",
     "Preprocessing": "adapters",
+    "Prompts": "backbones",
     "Task": "adapters",
     "evaluate": "training.evaluate",
     "export_peft": "adapters.peft",
@@ -34,6 +35,7 @@ _HOME = {
     "publish": "adapters.hub",
     "save_adapter": "adapters.store",
     "soup": "adapters.soup",
+    "transduce": "training.transduce",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Host",
     "MedgraftError",
     "Preprocessing",
+    "Prompts",
     "Task",
     "evaluate",
     "export_peft",
@@ -55,6 +58,7 @@ __all__ = [
     "publish",
     "save_adapter",
     "soup",
+    "transduce",
 ]
 
 if TYPE_CHECKING:
@@ -63,11 +67,12 @@ if TYPE_CHECKING:
     from .adapters.peft import export_peft, import_peft
     from .adapters.soup import soup
     from .adapters.store import save_adapter
-    from .backbones import Backbone, Features, load_backbone
+    from .backbones import Backbone, Features, Prompts, load_backbone
     from .errors import MedgraftError
     from .training.data import load_dataset
     from .training.evaluate import evaluate
     from .training.fit import fit
+    from .training.transduce import transduce
 
 
 def __getattr__(name: str) -> Any:

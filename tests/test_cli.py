@@ -49,13 +49,11 @@ def call(*words: object) -> tuple[int, str]:
     import contextlib
     import io
 
-    from rich.console import Console
+    from medgraft.cli.shared import console
 
     stream = io.StringIO()
     before, sys.argv = sys.argv, ["medgraft", *map(str, words)]
-    old_console, old_class = cli.console, cli.Console
-    cli.console = Console(file=stream, width=200)
-    cli.Console = lambda **_: cli.console  # type: ignore[assignment,misc]
+    console.width = 200
     try:
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             cli.main()
@@ -63,7 +61,7 @@ def call(*words: object) -> tuple[int, str]:
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
-        sys.argv, cli.console, cli.Console = before, old_console, old_class  # type: ignore[misc]
+        sys.argv = before
     return code, stream.getvalue()
 
 
@@ -95,6 +93,7 @@ def test_info_verify_list_explain(adapter: Path) -> None:
         ("list",): "starter-vit",
         ("explain", "lora", "--backbone", TINY, "--image-size", 64): "24: ",
         ("explain", adapter, "--sites"): "blocks.3.attn.qkv",
+        ("explain", "bottleneck", "--backbone", TINY, "--image-size", 64): "not fused: the tensors are on cpu",
         ("explain", "full_finetune", "--backbone", TINY, "--image-size", 64): "readout",
     }.items():
         code, said = call(*words)
