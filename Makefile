@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench tables tables-full starter-table starter starter-universeg clean
+.PHONY: demo test test-all check bench bench-kernels tables tables-full starter-table starter starter-universeg starter-sam clean
 
 demo: $(READY)
 	$(BIN)/medgraft demo --out demo
@@ -23,19 +23,25 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_import_direction.py
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.house
-	$(BIN)/python -m benchmarks.universeg_speed
+	set -e; for t in house universeg_speed sam_many sliding_window; do $(BIN)/python -m benchmarks.$$t; done
 
-# Short form of the committed tables (two cores, about two hours; `make tables TABLES=in_context SHORT=` for one of them); tables-full: more
+# The fused operations beside their baselines: on a GPU where there is one, else on the CPU.
+bench-kernels: $(READY)
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels_attention
+	$(BIN)/python -m benchmarks.kernel_resources
+
+# Short form of the committed tables (two cores, about three and a half hours; `make tables TABLES=in_context SHORT=` for one of them); tables-full: more
 # steps, more images, larger ones. Most keep their finished cells until the table is written, so an interrupted one goes on.
-TABLES := few_shot in_context label_dropout retina_matrix
-SHORT := soup gpt4mia
+TABLES := few_shot in_context label_dropout retina_matrix sam fseft
+SHORT := soup gpt4mia sam_interactive
 
 tables: $(READY)
 	set -e; for t in $(TABLES) $(SHORT); do $(BIN)/python -m benchmarks.$$t; done
 
 tables-full: $(READY)
 	set -e; for t in $(TABLES); do $(BIN)/python -m benchmarks.$$t --full; done
+	$(BIN)/python -m benchmarks.sam_interactive --steps 480 --name sam_interactive_full
 
 # Starter features against random ones on every pack.
 starter-table: $(READY)
@@ -47,6 +53,9 @@ starter: $(READY)
 
 starter-universeg: $(READY)
 	$(BIN)/python -m medgraft.recipes.starter_universeg medgraft/weights/starter_universeg.safetensors
+
+starter-sam: $(READY)
+	$(BIN)/python -m medgraft.recipes.starter_sam medgraft/weights/starter_sam.safetensors
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

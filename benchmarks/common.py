@@ -72,6 +72,12 @@ def ratio(times: Mapping[str, list[float]], above: str, below: str) -> float:
     return median([a / b for a, b in zip(times[above], times[below], strict=True)])
 
 
+def memory(field: str) -> float:
+    """MiB of this process by /proc: resident now (VmRSS), or the most it ever was (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
 def write(name: str, record: dict[str, Any], markdown: str) -> None:
     """`results/NAME.json` and `results/NAME.md`."""
     RESULTS.mkdir(exist_ok=True)

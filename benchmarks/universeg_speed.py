@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import data_root, facts, footer, median, ratio, rounds, table, write
+from benchmarks.common import data_root, facts, footer, median, memory, ratio, rounds, table, write
 from medgraft.backbones import load_backbone
 from medgraft.backbones.universeg import Context, UniverSeg
 
@@ -98,20 +98,14 @@ def _peak(way: str, shots: int, queries: int, out: Any) -> None:
     small = inputs(1)
     with torch.no_grad():
         model.segment(*small)  # libraries loaded, pools warm
-        before = _memory("VmRSS")
+        before = memory("VmRSS")
         if way == "published":
             published(model.network, x, images, labels)
         elif way == "kept":
             model.answer(x, Context(images[0], labels))
         else:
             model.segment(x, images, labels)
-    out.put(_memory("VmHWM") - before)
-
-
-def _memory(field: str) -> float:
-    """MiB of this process by /proc: resident now (VmRSS), or the most it ever was (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    out.put(memory("VmHWM") - before)
 
 
 def peak(way: str, shots: int, queries: int = 1) -> float:
