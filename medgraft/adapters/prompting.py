@@ -34,7 +34,7 @@ def refuse_unasked(adapter: Adapter, prompts: Prompts) -> None:
     clicked = prompts.questions > 0
     if clicked and not any(r.takes_prompts for r in adapter.readouts):
         raise BadCall(
-            f"this adapter ({', '.join(adapter.task.classes)}) takes no points, boxes or masks: it segments its classes by itself; "
+            f"this adapter ({', '.join(adapter.task.classes)}) takes no prompts (points, boxes, masks): it segments its classes by itself; "
             "leave prompts= away"
         )
     if prompts.group is not None and not any(r.takes_groups for r in adapter.readouts):

@@ -194,7 +194,7 @@ def test_it_takes_no_points(sam: Sam) -> None:
     point = Prompts(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[1]]]))
     with pytest.raises(BadCall) as refused:
         host(x, "it", prompts=point)
-    says(refused.value, "takes no points", "cytoplasm")
+    says(refused.value, "takes no prompts", "cytoplasm")
 
 
 def test_it_wants_a_decoder_of_its_own_widths(sam: Sam, vit: Backbone) -> None:

@@ -103,7 +103,7 @@ def test_unknown_words_are_named(promptable: Adapter) -> None:
 def test_an_adapter_that_wants_no_prompts_says_so(host: Host) -> None:
     with pytest.raises(BadCall) as error:
         host.predict(picture(), "by itself", prompts={"box": (0, 0, 9, 9)})
-    says(error.value, "takes no points", "cytoplasm")
+    says(error.value, "takes no prompts", "cytoplasm")
     x = images(host.backbone, 1)
     with pytest.raises(BadCall):
         host(x, "by itself", prompts=Prompts(boxes=torch.tensor([[[0.0, 0, 9, 9]]])))
