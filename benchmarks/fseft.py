@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, data_root, facts, footer, table, write
 from medgraft.adapters import Adapter, Host, LinearHead, Part, SpatialAdapter, Task, Tuned
 from medgraft.adapters.size_prior import Priors
 from medgraft.adapters.volume_task import VolumePreprocessing
-from medgraft.backbones import Backbone, load_backbone
+from medgraft.backbones import Backbone, State, load_backbone
 from medgraft.recipes.fseft import dice_ce, last_stage
 from medgraft.training.cache import PrefixCache
 from medgraft.training.data import Item, load_dataset, sample_shots
@@ -76,6 +76,24 @@ class Cell:
         return "|".join("" if s is None else str(s) for s in said)
 
 
+class Behind(PrefixCache):
+    """States behind the last layer, one volume at a time, from those that another cache keeps before it."""
+
+    def __init__(self, early: PrefixCache) -> None:
+        super().__init__(early.backbone, early.backbone.depth)
+        self.early, self.made = early, dict[tuple[str, int], State]()
+
+    @torch.no_grad()
+    def states(self, images: Tensor, items: Sequence[str], views: Sequence[int]) -> State:
+        """As `PrefixCache.states`."""
+        (item,), (view,) = items, views
+        if (item, view) not in self.made:
+            state = self.backbone.run(self.early.states(images, items, views), stop=self.stage)
+            assert isinstance(state, State)
+            self.made[item, view] = state
+        return self.made[item, view]
+
+
 class Bench:
     """The data, one backbone at a time, and the prefixes of its volumes."""
 
@@ -83,27 +101,37 @@ class Bench:
         self.steps = steps
         self.data: Volumes = volumes_of(load_dataset(data_root() / PACK))
         self.task = Task("segment", tuple(self.data.classes.values()))
-        self._backbone: tuple[str, Backbone] | None = None
-        self._prefixes: dict[int, PrefixCache] = {}
+        self._backbones: dict[str, Backbone] = {}
+        self._prefixes: dict[str, tuple[PrefixCache, PrefixCache]] = {}
 
-    def backbone(self, cell: Cell) -> Backbone:
+    def id_of(self, cell: Cell) -> str:
         """Real weights, or random ones of the cell's seed."""
         file = data_root().parent / "weights" / "meshnet_model18cls.safetensors"
         around = f"?surround={SURROUND}" if cell.method != SCRATCH else "?surround=0"
-        id = f"{MODEL}{around}@{file}" if cell.weights == "real" else f"random:{MODEL}{around}&seed={cell.seed}"
-        if self._backbone is None or self._backbone[0] != id:
-            self._backbone, self._prefixes = (id, load_backbone(id)), {}
-        return self._backbone[1]
+        return f"{MODEL}{around}@{file}" if cell.weights == "real" else f"random:{MODEL}{around}&seed={cell.seed}"
 
-    def prefixes(self, host: Host) -> PrefixCache:
-        """The frozen prefixes that an adapter of this cut needs, of every volume that was met."""
-        stage = host.cut("it")
-        return self._prefixes.setdefault(stage, PrefixCache(host.backbone, stage))
+    def backbone(self, id: str) -> Backbone:
+        """A loaded backbone."""
+        if id not in self._backbones:  # the real one stays, of random ones those of this seed
+            seed = id.rpartition("seed=")[2]
+            self._backbones = {k: v for k, v in self._backbones.items() if "random:" not in k or k.endswith(f"={seed}")}
+            self._backbones[id] = load_backbone(id)
+            self._prefixes = {k: v for k, v in self._prefixes.items() if k in self._backbones}
+        return self._backbones[id]
+
+    def prefixes(self, host: Host, id: str) -> PrefixCache:
+        """The frozen prefixes of every volume that was met, before the last layer or behind it."""
+        if id not in self._prefixes:
+            early = PrefixCache(host.backbone, host.backbone.depth - 1)
+            self._prefixes[id] = (early, Behind(early))
+        early, late = self._prefixes[id]
+        return late if host.cut("it") == host.backbone.depth else early
 
     def run(self, cell: Cell, choices: dict[str, Any]) -> dict[str, Any]:
         """Train, and Dice of both classes for each case of the split (with a query: of it alone)."""
         began = time.process_time()
-        backbone = self.backbone(cell)
+        id = self.id_of(cell)
+        backbone = self.backbone(id)
         network = backbone.trainable_copy() if cell.method == SCRATCH else None
         on = network or backbone
         prepare = VolumePreprocessing.of(on.spec)
@@ -129,7 +157,7 @@ class Bench:
             priors = Priors.on(on, self.task, labels=labels, relative=PRIORS[cell.form or choices["prior"]])
             constraint = Constraint(priors, self.data.volume(items[0]), start=steps // 2, support=dice_ce)
             more = {"loss": constraint, "forward": constraint.forward}
-        cache = None if network else self.prefixes(host)
+        cache = None if network else self.prefixes(host, id)
         extra: list[nn.Parameter] = [] if network is None else list(network.parameters())
         done = fit(host, "it", batches, options, cache=cache, extra=extra, quiet=True, **more)
         scores = {item.id: self.score(host, prepare, item, cache) for item in items}
@@ -201,6 +229,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="five times the steps: results/fseft_full")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # training from scratch slows down by half without
     RESULTS.mkdir(exist_ok=True)
     name_of, steps = ("fseft_full", 5 * STEPS) if args.full else ("fseft", STEPS)
     kept = RESULTS / f".{name_of}.json"
