@@ -571,7 +571,9 @@ def test_4_every_site_folds_rows_batch_first(name: str, request: pytest.FixtureR
         plan = Plan(on.owner, {site.port: seer(site.port) for site in on.sites.values()})
         with torch.no_grad(), following(plan):
             features = on(x)
-            if features.decoder is not None:  # two questions an image, which change with the image; then the other masks
+            if (
+                features.decoder is not None
+            ):  # two questions an image, which change with the image; then the other masks
                 corner = 20 + 10 * x.sign()[:, 0, :2, :2]
                 asked = Prompts(boxes=torch.cat([corner, corner + 40], 2))
                 for multimask in (True, False):
