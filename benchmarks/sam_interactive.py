@@ -1,7 +1,7 @@
 """How many clicks a SAM needs, and clicks that move themselves. `python -m benchmarks.sam_interactive [--only PACK] [--threads 1]`.
 
 Clicks: the frozen SAM; its own decoder tuned with simulated clicks (`sam_interactive --decoder own`, decoder-only tuning); the same with
-the refine decoder (`sam_interactive`, and with `--residual`). Same images, steps, loss and clicks for all. NoC@t is the mean number of
+the refine decoder (`sam_interactive`). Same images, steps, loss and clicks for all. NoC@t is the mean number of
 clicks until the IoU is t (20 where it is never reached), on test images in their own sizes, the embedding cached.
 
 SAMPOT: a scorer is trained on the training images, then the click at each test object's centroid is moved (`sampot`), at the network's
@@ -47,7 +47,6 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "frozen": None,
     OWN: {"decoder": "own"},
     "refine decoder": {},
-    "refine decoder, residual": {"residual": True},
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medgraft.adapters import Adapter, Bottleneck, Host, LinearHead, LoRA, Part, ScaleShift, Task
+from medgraft.adapters import Adapter, Bottleneck, ConvLoRA, Host, LinearHead, LoRA, Part, ScaleShift, Task
 from medgraft.adapters.soup import soup
 from medgraft.adapters.store import TENSORS_NAME, read_adapter, read_record, save_adapter
 from medgraft.backbones import Backbone
@@ -32,8 +32,10 @@ def low_rank(on: Backbone, seed: int, head: int | None = None, **options: Any) -
 
 
 def products(made: Adapter, part: str = "lora") -> dict[str, Tensor]:
-    """s B A of every site, in float64."""
+    """s B A of every site, in float64; of a convolution its kernel."""
     it = made.parts[part]
+    if isinstance(it, ConvLoRA):
+        return {site: it.kernel(site).detach() for site in it.sites}
     assert isinstance(it, LoRA)
     return {site: it.scale * it.cell(site).B.detach().double() @ it.cell(site).A.detach().double() for site in it.sites}
 
@@ -80,7 +82,7 @@ class TestEveryPart:
             return
         made = soup(members).adapter
         for n, p in made.named_parts():
-            if isinstance(p, LoRA):
+            if isinstance(p, LoRA | ConvLoRA):
                 for site, got in products(made, n).items():
                     want = torch.stack([products(m, n)[site] for m in members]).mean(0)
                     assert (got - want).abs().max() <= 1e-6 * want.abs().max(), site
