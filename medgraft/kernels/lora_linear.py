@@ -93,6 +93,19 @@ def shrunk(x: Tensor, a: Tensor) -> Tensor:
     return (a @ x.t()).t() if x.dtype in WIDE and not x.is_cuda else x @ a.t()
 
 
+# The skinny products of the gradients, all as rows of length M, N or K: on a CPU two to three times as fast as columns. Scales ride in the factors.
+
+
+def grad_shrunk(dy: Tensor, b: Tensor) -> Tensor:
+    """du^T = B^T dy^T, (R, M)."""
+    return b.t().contiguous() @ dy.t()
+
+
+def grad_b(dy: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    """dB^T = (A x^T) dy, (R, N)."""
+    return (a @ x.t()) @ dy
+
+
 def changed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """y (M, N), merged or added."""
     if merging_pays(len(x), weight):
@@ -134,15 +147,16 @@ def _backward(
         dy = dy.contiguous()
         dx = da = db = None
         if wanted[0] and lora_path(x, weight, len(a)).fused:
-            dx, du, _ = (dy @ beside(weight, b)).tensor_split((x.shape[1], x.shape[1] + len(a)), 1)
-            dx = torch.addmm(dx, du, a, alpha=scale)
+            dx, du, _ = (dy @ beside(weight, b * scale)).tensor_split((x.shape[1], x.shape[1] + len(a)), 1)
+            dx = torch.addmm(dx, du, a)
+            du = du.t()
         else:
-            du = dy @ b
-            dx = (dy @ weight).addmm_(du, a, alpha=scale) if wanted[0] else None
+            du = grad_shrunk(dy, b * scale)
+            dx = (dy @ weight).addmm_(du.t(), a) if wanted[0] else None
         if wanted[1]:
-            da = (du * scale).t() @ x
+            da = du @ x
         if wanted[2]:
-            db = ((shrunk(x, a) * scale).t() @ dy).t()
+            db = grad_b(dy, x, a * scale).t()
     return given(x, dx, da, db)
 
 

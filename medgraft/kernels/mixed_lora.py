@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from ..errors import BadCall
 from .door import Path
-from .lora_linear import flat, given, lora_path, operands, shrunk, thawed
+from .lora_linear import flat, given, grad_b, grad_shrunk, lora_path, operands, shrunk, thawed
 from .shrink import beside, shrink
 
 Factors = Sequence[tuple[Tensor, Tensor, float]]
@@ -168,13 +168,13 @@ def _backward(
             return given(x, dx, da, db)
         da, db = torch.zeros_like(a), b.new_zeros(b.shape[::-1]).t()
         for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
-            du = dy[rows] @ b[:, cols]
+            du = grad_shrunk(dy[rows], b[:, cols])
             if dx is not None:
-                dx[rows].addmm_(du, a[cols])
+                dx[rows].addmm_(du.t(), a[cols])
             if wanted[1]:
-                da[cols].addmm_(du.t(), x[rows])
+                da[cols].addmm_(du, x[rows])
             if wanted[2]:
-                db.t()[cols].addmm_(shrunk(x[rows], a[cols]).t(), dy[rows])
+                db.t()[cols].add_(grad_b(dy[rows], x[rows], a[cols]))
     return given(x, dx, da if wanted[1] else None, db if wanted[2] else None)
 
 
