@@ -55,13 +55,23 @@ class Scorer(nn.Module):
         x = torch.cat([image.float(), mask.float()], 1)
         if x.shape[-2:] != (self.side, self.side):
             x = functional.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
-        # In float32 on a backbone of any type: moves of a click change the score by less than bfloat16 tells apart.
-        tensors = {
-            name: t.float() if t.is_floating_point() else t
-            for name, t in self.layers.state_dict(keep_vars=True).items()
-        }
-        found: Tensor = torch.func.functional_call(self.layers, tensors, (x,))
-        return found.mean((1, 2, 3)).sigmoid()
+        for layer in self.layers:
+            x = _in_float32(layer, x)
+        return x.mean((1, 2, 3)).sigmoid()
+
+
+def _in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer in float32 on a backbone of any type: moves of a click change the score by less than bfloat16 tells apart."""
+    if isinstance(layer, nn.Conv2d):
+        bias = None if layer.bias is None else layer.bias.float()
+        return functional.conv2d(x, layer.weight.float(), bias, layer.stride, layer.padding)
+    if isinstance(layer, nn.BatchNorm2d) and not layer.training:
+        mean, var, gain, shift = (
+            t if t is None else t.float() for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        )
+        return functional.batch_norm(x, mean, var, gain, shift, eps=layer.eps)
+    found: Tensor = layer(x)
+    return found
 
 
 @dataclass(frozen=True)

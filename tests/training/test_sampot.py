@@ -1,5 +1,6 @@
 """SAMPOT: the scorer learns Dice, the gradient reaches the click and nothing else, the score never falls."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ def test_the_scorer_learns_dice() -> None:
     again, _ = train_scorer(data, side=32, steps=3)
     twin, _ = train_scorer(data, side=32, steps=3)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_a_scorer_in_half_precision_answers_threads_alike() -> None:
+    """It computes in float32 from the tensors that it has, and touches none of them."""
+    scorer = Scorer(side=32).eval().bfloat16()
+    image, mask = torch.randn(2, 3, 32, 32), torch.rand(2, 1, 32, 32)
+    kept = [(t.data_ptr(), t.dtype) for t in scorer.state_dict().values()]
+    want = scorer(image, mask)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: scorer(image, mask), range(40)))
+    assert all(torch.equal(f, want) for f in found)
+    assert want.dtype == torch.float32
+    assert [(t.data_ptr(), t.dtype) for t in scorer.state_dict().values()] == kept
 
 
 def test_it_begins_with_nothing_to_score(tmp_path: Path, sam: Backbone) -> None:
