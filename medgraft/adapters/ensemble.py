@@ -9,7 +9,7 @@ Source: for segmentation of the retina the mean of predictions always helped (ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadCall, unknown
-from ..images import read_image
 from .host import Host
-from .on_image import in_own_size
 from .sliding import predict_volume
-from .task import Preprocessing, Task
+from .task import Task
 from .volume_task import VolumePreprocessing
 
 
@@ -48,7 +46,8 @@ class Ensemble:
             mine, theirs = found[0].task, member.task
             if mine != theirs:
                 raise BadCall(
-                    f"{self.names[0]} and {name} cannot answer as one: {mine.kind} {_classes(mine)} and {theirs.kind} {_classes(theirs)}"
+                    f"{self.names[0]} and {name} cannot answer as one: {mine.kind} {_classes(mine)} and {theirs.kind} {_classes(theirs)}; "
+                    "members have one task, with the same classes and label values: ask the others by themselves"
                 )
         return found
 
@@ -72,31 +71,26 @@ class Ensemble:
         return torch.stack([p.double() for p in found]).mean(0).float()
 
     @torch.no_grad()
-    def predict(self, image: str | Path | np.ndarray, *, probabilities: bool = False) -> Any:
+    def predict(
+        self,
+        image: str | Path | np.ndarray,
+        *,
+        prompts: Mapping[str, Any] | None = None,
+        probabilities: bool = False,
+    ) -> Any:
         """As `Host.predict`: an image to a label map (H, W) uint8 in its own size, to probabilities (K, H, W) float32, or, of a
-        classifier, to {class: probability}. Each member sees the image under its own preprocessing.
+        classifier, to {class: probability}. Each member sees the image under its own preprocessing, and all the same prompts.
         """
-        members = self._members()
-        if isinstance(members[0].preprocessing, VolumePreprocessing):
-            answers = predict_volume(self.host, image, self.names, probabilities=True)
-            return _decided(members[0].task, np.stack(answers).mean(0, dtype=np.float64), probabilities)
-        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        by_preprocessing: dict[Preprocessing, list[int]] = {}
-        for i, member in enumerate(members):
-            by_preprocessing.setdefault(member.preprocessing, []).append(i)
-        found: list[np.ndarray] = []
-        for prepare, group in by_preprocessing.items():
-            x = prepare(pixels)[None].to(next(self.host.backbone.parameters()))
-            for i, logits in zip(group, self.host(x, adapters=[self.names[i] for i in group]), strict=True):
-                if members[i].task.kind == "classify":
-                    found.append(members[i].task.probabilities(logits)[0].cpu().numpy())
-                else:
-                    found.append(in_own_size(members[i], logits, pixels, probabilities=True))
-        mean = np.stack(found).mean(0, dtype=np.float64)
-        task = members[0].task
+        task, volumes = self.task, isinstance(self._members()[0].preprocessing, VolumePreprocessing)
+        if volumes:
+            self.host.refuse_prompts(prompts)
+            found = predict_volume(self.host, image, self.names, probabilities=True)
+        else:
+            on = self.host.on(image)
+            found = [on.predict(name, prompts=prompts, probabilities=True) for name in self.names]
         if task.kind == "classify":
-            return dict(zip(task.classes, mean.tolist(), strict=True))
-        return _decided(task, mean, probabilities)
+            return {name: sum(p[name] for p in found) / len(found) for name in task.classes}
+        return _decided(task, np.stack(found).mean(0, dtype=np.float64), probabilities)
 
 
 def _decided(task: Task, mean: np.ndarray, probabilities: bool) -> np.ndarray:

@@ -311,10 +311,14 @@ class Host(nn.Module):
         With an adapter of volumes: a path, a DICOM folder or a `Volume` to (X, Y, Z) uint8 on its own grid, see `predict_volume`.
         """
         if isinstance(image, Volume) or isinstance(self._graft(adapter).adapter.preprocessing, VolumePreprocessing):
-            if prompts is not None:
-                raise BadCall(f"{self.backbone.spec.id} takes no prompts; leave prompts= away")
+            self.refuse_prompts(prompts)
             return predict_volume(self, image, [adapter], probabilities=probabilities)[0]
         return self.on(image).predict(adapter, prompts=prompts, probabilities=probabilities)
+
+    def refuse_prompts(self, prompts: Mapping[str, Any] | None) -> None:
+        """Raise BadCall for prompts on volumes."""
+        if prompts is not None:
+            raise BadCall(f"{self.backbone.spec.id} takes no prompts; leave prompts= away")
 
     def on(self, image: str | Path | np.ndarray) -> OnImage:
         """One image, whose frozen prefix is kept for any number of questions to any adapter."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medgraft.adapters import Adapter, ClassifierHead, Host, LoRA, Task
+from medgraft.adapters import Adapter, ClassifierHead, Host, LoRA, MaskHead, Task
 from medgraft.adapters.ensemble import Ensemble
 from medgraft.backbones import Backbone
 from medgraft.errors import BadCall, BadData, UnknownName
@@ -118,6 +118,16 @@ def test_it_answers_for_a_file(vit: Backbone, tmp_path: Path) -> None:
     assert np.array_equal(together.predict(tmp_path / "x.png"), together.predict(picture()))
     with pytest.raises(BadData):
         together.predict(tmp_path / "y.png")
+
+
+def test_promptable_members_are_asked_the_same(sam: Backbone) -> None:
+    torch.manual_seed(0)
+    host, names = host_of(sam, [Adapter.of(sam, ONE, {"head": MaskHead.on(sam, ONE)}) for _ in range(2)])
+    together, asked = Ensemble(host, names), {"box": (5, 5, 40, 60)}
+    want = np.mean([host.predict(picture(), n, prompts=asked, probabilities=True) for n in names], 0)
+    np.testing.assert_allclose(together.predict(picture(), prompts=asked, probabilities=True), want, atol=1e-6)
+    with pytest.raises(BadCall, match="give prompts="):
+        together.predict(picture())
 
 
 def test_gradients_reach_every_member(vit: Backbone) -> None:
