@@ -60,7 +60,7 @@ starter-sam: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[volumes,plots,sign,serve,onnx]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[volumes,dicom,plots,sign,serve,onnx]" --group dev
 	touch $(READY)
 
 clean:

@@ -159,7 +159,9 @@ def _meshnet(id: BackboneId, image_size: int | None) -> Backbone:
     try:
         network.load_state_dict(tensors)
     except RuntimeError as misfit:
-        raise BadData(f"these weights do not fit {id} ({str(misfit).splitlines()[-1].strip()})") from None
+        raise BadData(
+            f"these weights do not fit {id} ({str(misfit).splitlines()[-1].strip()}); are they another network's?"
+        ) from None
     width = network.layers[-1].in_channels
     assert isinstance(width, int)
     spec = Spec(

@@ -202,5 +202,7 @@ def _network_of(tensors: dict[str, Tensor], what: str, file: str) -> UNet3DNetwo
     try:
         network.load_state_dict(tensors)
     except RuntimeError as misfit:
-        raise BadData(f"these weights do not fit {what} ({str(misfit).splitlines()[-1].strip()})") from None
+        raise BadData(
+            f"these weights do not fit {what} ({str(misfit).splitlines()[-1].strip()}); are they another network's?"
+        ) from None
     return network
