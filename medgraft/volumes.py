@@ -111,6 +111,16 @@ def read_volume(path: str | Path, *, frame: int | None = None) -> Volume:
     return Volume(values, _affine(image, path), str(path), image.header)
 
 
+def read_grid(path: str | Path) -> Volume:
+    """The grid of a file by its header alone: a volume of zeros that take no memory. Raises as `read_volume`, but for the values."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_series(path)
+    image = _opened(path)
+    _frame(image, path, None)
+    return Volume(np.broadcast_to(np.uint8(0), image.shape[:3]), _affine(image, path), str(path), image.header)
+
+
 def read_labels(path: str | Path, declared: Mapping[int, str], *, like: Volume) -> Volume:
     """Read a label volume as uint8, on the grid of its image `like`.
 

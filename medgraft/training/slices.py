@@ -12,7 +12,6 @@ Both as in Kim et al. 2023, section 3.4. Intervals resample cases: slices of one
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +20,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..errors import BadCall, BadData, need, unknown
+from ..errors import BadCall, BadData, unknown
 from ..images import SMALLEST_SIDE
+from ..volumes import read_grid, read_labels, read_volume
+from ..voxels import turned
 from .items import Dataset, Item
 from .metrics import bootstrap_interval, dice, image_means, iou, summarise
 
 Axis = Literal["sagittal", "coronal", "axial"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 KEPT_BYTES = 1 << 29  # of volumes in memory, 8 bits a voxel
-
-_DAMAGED = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, ArithmeticError, zlib.error)
+SHOWN = "RAS"  # the orientation that slices are cut in
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Slices(Dataset):
         assert isinstance(item, Slice)
         assert item.image is not None
         path = item.image
-        plane = self._plane(self._kept(path, lambda: _eight_bits(_voxels(path), path)), item.z)
+        plane = self._plane(self._kept(path, lambda: _eight_bits(turned(read_volume(path), SHOWN).values)), item.z)
         return np.repeat(plane[..., None], 3, 2)
 
     def mask(self, item: Item, labels: str | None = None) -> np.ndarray:
@@ -109,7 +109,7 @@ def slices_of(dataset: Dataset, axis: Axis = "axial") -> Slices:
             raise BadData(
                 f"item {item.id!r} of {dataset.name!r} is a row of an array; volumes are read from NIfTI files"
             )
-        height_width = _canonical_shape(_opened(item.image), item.image)
+        height_width = list(turned(read_grid(item.image), SHOWN).shape)
         depth = height_width.pop(AXES.index(axis))
         if min(height_width) < SMALLEST_SIDE:
             raise BadData(
@@ -185,45 +185,7 @@ def volume_scores(
 # Files
 
 
-def _opened(path: Path) -> Any:
-    nibabel = need("nibabel", "volumes")
-    try:
-        found = nibabel.load(path)
-    except (*_DAMAGED, nibabel.filebasedimages.ImageFileError) as broken:
-        raise BadData(f"{path} is no readable volume ({broken}); NIfTI (.nii, .nii.gz) is wanted") from None
-    if len(found.shape) < 3 or any(n != 1 for n in found.shape[3:]):
-        raise BadData(f"{path} has the shape {found.shape}; one volume (X, Y, Z) is wanted: split a series first")
-    return found
-
-
-def _orientation(found: Any, path: Path) -> np.ndarray:
-    """(3, 2): for each axis of the file the one of RAS+ that it is closest to, and its direction."""
-    turn = need("nibabel", "volumes").io_orientation(found.affine)
-    if np.isnan(turn).any():
-        raise BadData(f"{path} does not say how it lies in space (its affine is degenerate); export it again")
-    return turn
-
-
-def _canonical_shape(found: Any, path: Path) -> list[int]:
-    turn = _orientation(found, path)
-    return [found.shape[int(i)] for i in np.argsort(turn[:, 0])]
-
-
-def _voxels(path: Path) -> np.ndarray:
-    """The values of a volume, turned to RAS+."""
-    found = _opened(path)
-    turn = _orientation(found, path)
-    try:
-        values = np.asarray(found.dataobj).reshape(found.shape[:3])
-    except _DAMAGED as broken:
-        raise BadData(f"{path} is damaged or cut short ({broken}); fetch or export it again") from None
-    if not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values) or not np.isfinite(values).all():
-        raise BadData(f"{path} has values that are not finite numbers ({values.dtype}); export it again")
-    return need("nibabel", "volumes").apply_orientation(values, turn)
-
-
-def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
-    x = values.astype(np.float32)
+def _eight_bits(x: np.ndarray) -> np.ndarray:
     low, high = np.percentile(x, (0.1, 99.9))
     if high <= low:  # flat but for a few voxels
         low, high = x.min(), x.max()
@@ -234,15 +196,4 @@ def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
 
 def _labels(path: Path, image: Path, values: Mapping[int, str]) -> np.ndarray:
     """The file's own label values, uint8, checked against its classes and its image."""
-    mine, other = _opened(path), _opened(image)
-    if mine.shape[:3] != other.shape[:3] or not np.allclose(mine.affine, other.affine, atol=1e-2):
-        raise BadData(
-            f"label volume {path} ({' x '.join(map(str, mine.shape[:3]))}) does not lie on its image "
-            f"({' x '.join(map(str, other.shape[:3]))}): shape or position in space differ; resample it onto the image"
-        )
-    voxels = _voxels(path)
-    strange = sorted(set(np.unique(voxels).tolist()) - set(values) - {0})
-    if strange:
-        declared = ", ".join(f"{v} = {name}" for v, name in values.items() if v)
-        raise BadData(f"label volume {path} has values that no class declares: {strange[:12]}; declared: {declared}")
-    return voxels.astype(np.uint8)
+    return turned(read_labels(path, values, like=read_grid(image)), SHOWN).values

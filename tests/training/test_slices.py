@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from medgraft import volumes
 from medgraft.adapters import Adapter, ContextHead, Host, Support, Task
 from medgraft.backbones import Backbone
 from medgraft.errors import BadCall, BadData, MissingExtra, UnknownName
@@ -221,7 +222,7 @@ def test_a_file_that_does_not_say_how_it_lies(tmp_path: Path) -> None:
     data = bytearray((root / "images/v0.nii").read_bytes())
     data[280:296] = bytes(16)  # the first row of the affine
     (root / "images/v0.nii").write_bytes(data)
-    with pytest.raises(BadData, match="how it lies in space"):
+    with pytest.raises(BadData, match="a spacing of 0 along axis 0"):
         slices_of(load_dataset(root))
 
 
@@ -229,12 +230,12 @@ def test_a_file_that_does_not_say_how_it_lies(tmp_path: Path) -> None:
     ("where", "values", "affine", "words"),
     [
         ("images", np.zeros((9, 9, 9, 2), np.int16), None, ("one volume", "series")),
-        ("images", np.full(SHAPE, np.nan, np.float32), None, ("not finite",)),
+        ("images", np.full(SHAPE, np.nan, np.float32), None, ("NaN", "export it again")),
         ("images", np.zeros((4, 12, 9), np.int16), None, ("axial slices", "4 x 12", "another axis")),
         ("labels", np.zeros((9, 12, 10), np.uint8), None, ("9 x 12 x 10", "10 x 12 x 9", "resample")),
-        ("labels", np.zeros(SHAPE, np.uint8), np.diag([-1.0, 1, 1, 1]), ("position in space",)),
+        ("labels", np.zeros(SHAPE, np.uint8), np.diag([-1.0, 1, 1, 1]), ("LAS", "RAS", "up to 20 mm apart")),
         ("labels", np.full(SHAPE, 3, np.uint8), None, ("no class declares", "[3]", "1 = front")),
-        ("labels", np.full(SHAPE, 0.5, np.float32), None, ("no class declares", "0.5")),
+        ("labels", np.full(SHAPE, 0.5, np.float32), None, ("between whole numbers", "0.5")),
         ("labels", np.full(SHAPE, -1, np.int16), None, ("no class declares", "-1")),
     ],
 )
@@ -275,6 +276,6 @@ def test_what_a_user_gets_wrong_is_said(boxes: Path, tmp_path: Path, monkeypatch
     def absent(module: str, extra: str) -> None:
         raise MissingExtra(f"pip install 'medgraft[{extra}]'")
 
-    monkeypatch.setattr(slicing, "need", absent)
+    monkeypatch.setattr(volumes, "need", absent)
     with pytest.raises(MissingExtra, match=r"medgraft\[volumes\]"):
         slices_of(dataset)
