@@ -42,6 +42,9 @@ def predict(
     device: DeviceOption = "auto",
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub adapter")] = None,
     frame: Annotated[int | None, typer.Option(help="which volume of a 4D file, from 0")] = None,
+    transduce: Annotated[
+        int, typer.Option(min=0, help="fit the adapter to each volume for so many steps, under the size it expects")
+    ] = 0,
 ) -> None:
     """Masks (PNG, in each image's own size) and overlays; for a classifier a table and `predictions.json`.
 
@@ -54,7 +57,9 @@ def predict(
     host, found = open_model(adapter, backbone=backbone, device=device, revision=revision)
     prompts = _prompts(box, point, group)
     if takes_volumes(found, prompts):
-        lines = predict_volume_files(host, images, out, frame=frame)
+        lines = predict_volume_files(host, images, out, frame=frame, fitting=transduce)
+    elif transduce:
+        raise BadCall("--transduce fits an adapter of volumes to each of them; this one is for pictures, leave it away")
     else:
         lines = predict_files(host, images, out, prompts)
     for line in lines:

@@ -12,6 +12,7 @@ from ..adapters.volume_task import VolumePreprocessing
 from ..errors import BadCall
 from ..volumes import read_volume, volume_stem, write_volume
 from .model import NAME
+from .transduce import priors_of, transduce
 from .volume_report import slices_png
 
 
@@ -24,10 +25,11 @@ def takes_volumes(adapter: Adapter, prompts: Mapping[str, Any] | None) -> bool:
 
 
 def predict_volume_files(
-    host: Host, volumes: Sequence[Path], out: Path, *, frame: int | None = None, batch: int = 1
+    host: Host, volumes: Sequence[Path], out: Path, *, frame: int | None = None, batch: int = 1, fitting: int = 0
 ) -> Iterator[str]:
     """Write STEM.nii.gz, on the grid of its image, and STEM_slices.png for each volume into `out`; yields a line for each.
 
+    With `fitting` the adapter is first fitted to each volume by itself, for so many steps of `transduce`.
     Every volume is read before anything is written. Raises BadData for one that cannot be read, BadCall for two of one stem and
     for a folder in which a label would take its image's place.
     """
@@ -41,12 +43,17 @@ def predict_volume_files(
         if target.exists() and path.resolve() == target.resolve():
             raise BadCall(f"the label of {path} would take its place; choose another folder with --out")
         read_volume(path, frame=frame)
+    if fitting:
+        priors_of(host.adapters[NAME])
     out.mkdir(parents=True, exist_ok=True)
     task = host.adapters[NAME].task
     classes = dict(zip(task.values, task.classes, strict=True))
     for path, target in zip(volumes, targets, strict=True):
         volume = read_volume(path, frame=frame)
-        labels = predict_volume(host, volume, [NAME], batch=batch)[0]
+        if fitting:
+            labels = transduce(host, volume, NAME, steps=fitting)
+        else:
+            labels = predict_volume(host, volume, [NAME], batch=batch)[0]
         write_volume(target, volume.on_this_grid(labels))
         slices_png(volume, labels, None, out / f"{volume_stem(path)}_slices.png", classes)
         millilitres = volume.voxel_volume / 1000

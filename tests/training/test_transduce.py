@@ -4,6 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from medgraft.backbones import Backbone
 from medgraft.errors import BadCall, BadData, Diverged, UnknownName
 from medgraft.training.data import load_dataset
 from medgraft.training.fit import FitOptions, fit
+from medgraft.training.model import NAME
 from medgraft.training.patches import Patches
+from medgraft.training.predict_volumes import predict_volume_files
 from medgraft.training.transduce import Constraint, Query, priors_of, transduce
 from medgraft.training.volume_data import Volumes, volumes_of
-from medgraft.volumes import Volume
+from medgraft.volumes import Volume, read_volume, write_volume
 from tests.helpers import ONE, adapter, close, says
 from tests.training.volumes import volume_pack
 
@@ -73,6 +76,30 @@ def state_of(host: Host) -> str:
     ]
     grads = [p.grad is None for p in made.parameters()]
     return repr((host.backbone.digest(), said, grads, made.training, sorted(host.adapters), made.provenance))
+
+
+def test_files_are_predicted_by_an_adapter_fitted_to_each(meshnet: Backbone, volume: Volume, tmp_path: Path) -> None:
+    host = host_of(meshnet, prior(0.02))
+    host.add(host.adapters["it"], NAME)
+    for name in ("a", "b"):
+        write_volume(tmp_path / f"{name}.nii.gz", volume)
+    files = [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
+    assert len(list(predict_volume_files(host, files, tmp_path / "out", fitting=2))) == 2
+    for path in files:
+        want = transduce(host, path, NAME, steps=2)
+        assert np.array_equal(read_volume(tmp_path / "out" / path.name).values, want)
+
+
+def test_files_without_a_prior_are_refused_before_anything_is_written(
+    meshnet: Backbone, volume: Volume, tmp_path: Path
+) -> None:
+    host = Host(meshnet)
+    prepare = VolumePreprocessing.of(meshnet.spec, patch=16, axcodes="RAS")
+    host.add(Adapter.of(meshnet, ONE, {"head": LinearHead.on(meshnet, ONE)}, preprocessing=prepare), NAME)
+    write_volume(tmp_path / "a.nii.gz", volume)
+    with pytest.raises(BadCall, match="carries no size prior"):
+        list(predict_volume_files(host, [tmp_path / "a.nii.gz"], tmp_path / "out", fitting=2))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["residual", "paper"])
