@@ -4,7 +4,7 @@ Nothing here is copied from a real image. Ten scenes (shapes, mosaics, nuclei, g
 skin lesions, ultrasound heads, chest films, slices) are painted with simple geometry and smooth noise, then pushed
 through random palettes, light, blur and noise. Three streams of random numbers never meet: one for pretraining
 (`phantom`), one for the few-shot data sets of the demo (`write_dataset`), one for the pictures on cards
-(`preview_image`). The few-shot kinds are also *drawn* differently: their outlines are thresholded noise where the
+(`preview`). The few-shot kinds are also *drawn* differently: their outlines are thresholded noise where the
 pretraining scenes use wobbly ellipses, and their colours are fixed ones that no pretraining palette is centred on.
 
 The same seed gives the same bytes on one machine and set of library versions.
@@ -676,12 +676,12 @@ def phantom(seed: int, *, size: int = 128, scene: str | None = None, wildness: f
     return Phantom(_develop(canvas.image, rng, wildness), canvas.region, canvas.instance, canvas.texture)
 
 
-def preview_image(seed: int, *, size: int = 128) -> NDArray[np.uint8]:
-    """(size, size, 3) RGB phantom for the card of an adapter, from a stream that pretraining never sees."""
+def preview(seed: int, *, size: int = 128) -> Phantom:
+    """A phantom for the card of an adapter, from a stream that pretraining never sees."""
     rng = np.random.default_rng([_PREVIEW, seed])
     canvas = _Canvas(rng, size)
     list(SCENES.values())[int(rng.integers(2, len(SCENES)))](canvas)
-    return _develop(canvas.image, rng, 0.1)
+    return Phantom(_develop(canvas.image, rng, 0.1), canvas.region, canvas.instance, canvas.texture)
 
 
 # -- the few-shot data sets of the demo ------------------------------------------------------------------------------

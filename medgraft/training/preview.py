@@ -10,22 +10,29 @@ from PIL import Image
 
 from ..adapters import Host
 from ..adapters.card import phantom_preview as marked
-from .phantoms import preview_image
+from .phantoms import preview
+from .prompting import boxes_of
 from .report import overlay_png
 
 SIDE, COLOURS = 144, 32
 
 
 def phantom_preview(host: Host, name: str, *, count: int = 3) -> bytes:
-    """A PNG of `count` phantoms side by side with the adapter's masks over them, marked as drawn on phantoms."""
-    task = host.adapters[name].task
+    """A PNG of `count` phantoms side by side with the adapter's masks over them, marked as drawn on phantoms.
+
+    An adapter that takes prompts is asked by a box for the largest object; of sub-groups it is told none.
+    """
+    adapter = host.adapters[name]
+    task, prompted = adapter.task, any(r.takes_prompts for r in adapter.readouts)
     classes = dict(zip(task.values, task.classes, strict=True))
     tiles = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tile.png"
         for seed in range(count):
-            image = preview_image(seed)
-            overlay_png(image, host.on(image).predict(name, by_default=True), None, file, classes)
+            drawn = preview(seed)
+            asked = {"boxes": boxes_of(_largest(drawn.instance))} if prompted else None
+            found = host.on(drawn.image).predict(name, prompts=asked, by_default=True)
+            overlay_png(drawn.image, found, None, file, classes)
             with Image.open(file) as tile:
                 small = tile.convert("RGB")
                 small.thumbnail((SIDE, 2 * SIDE))
@@ -34,3 +41,9 @@ def phantom_preview(host: Host, name: str, *, count: int = 3) -> bytes:
         whole = Image.fromarray(np.concatenate([t[:height] for t in tiles], 1))
         whole.quantize(COLOURS).save(file, optimize=True)  # a picture must not outweigh the adapter
         return marked(file.read_bytes())
+
+
+def _largest(instance: np.ndarray) -> np.ndarray:
+    """The mask of the largest object (H, W); the whole picture where there is none."""
+    sizes = np.bincount(instance.ravel())[1:]
+    return instance == (1 + sizes.argmax()) if sizes.any() else np.ones_like(instance, bool)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from medgraft.errors import BadCall, UnknownName
 from medgraft.training import phantoms
-from medgraft.training.phantoms import KINDS, REGIONS, SCENES, TEXTURES, phantom, preview_image, write_dataset
+from medgraft.training.phantoms import KINDS, REGIONS, SCENES, TEXTURES, phantom, preview, write_dataset
 
 
 @pytest.mark.parametrize("scene", sorted(SCENES))
@@ -47,9 +47,9 @@ def test_an_unknown_scene_names_the_near_one() -> None:
 
 
 def test_a_preview_is_a_picture_of_its_own_stream() -> None:
-    assert preview_image(3).shape == (128, 128, 3)
-    assert preview_image(3).tobytes() == preview_image(3).tobytes()
-    assert not any((preview_image(s) == phantom(s).image).all() for s in range(3))
+    assert preview(3).image.shape == (128, 128, 3)
+    assert preview(3).image.tobytes() == preview(3).image.tobytes()
+    assert not any((preview(s).image == phantom(s).image).all() for s in range(3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
