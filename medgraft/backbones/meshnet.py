@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from ..errors import BadCall, BadData, unknown
 from .base import Backbone, Spec
+from .checkpoint import fill, read_tensors
 from .identity import fingerprint, redraw
 from .registry import BackboneId, _allow, family
 from .sites import Site
 from .state import Features, State
-from .timm_source import read_tensors
 
 DILATIONS = (1, 2, 4, 8, 16, 8, 4, 2, 1)
 MODELS: dict[str, tuple[int, int, type[nn.Module]]] = {
@@ -156,12 +156,7 @@ def _meshnet(id: BackboneId, image_size: int | None) -> Backbone:
     if id.random:
         redraw(network, id.seed(), gain=2**0.5)
     tensors = network.state_dict() if id.path is None else read_tensors(Path(id.path))
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as misfit:
-        raise BadData(
-            f"these weights do not fit {id} ({str(misfit).splitlines()[-1].strip()}); are they another network's?"
-        ) from None
+    fill(network, tensors, str(id))
     width = network.layers[-1].in_channels
     assert isinstance(width, int)
     spec = Spec(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..errors import BadCall, BadData, unknown
 from . import timm_source, universeg_source
 from .base import Backbone, Spec
+from .checkpoint import read_tensors, refuse
 from .hf_vit import MODEL_TYPES, HfViT
 from .identity import fingerprint, redraw
 from .swin import Swin
@@ -165,7 +166,7 @@ def _medgraft(id: BackboneId, image_size: int | None) -> Backbone:
             return sam_source.random_sam(str(id), "starter", id.seed(), image_size)
         return sam_source.load_starter(str(id), Path(path), image_size)
     network = starter_vit()
-    return _from_timm(id, network, None if id.random else (timm_source.read_tensors(Path(path)), None), image_size)
+    return _from_timm(id, network, None if id.random else (read_tensors(Path(path)), None), image_size)
 
 
 def starter_vit() -> nn.Module:
@@ -293,7 +294,7 @@ def _load_hf_vit(id: BackboneId, config: Any, where: str, image_size: int | None
         if Path(where).is_dir()
         else timm_source.hub_file(where, "model.safetensors", f"hf:{id.name}@PATH")
     )
-    tensors = timm_source.read_tensors(file)
+    tensors = read_tensors(file)
     cls: Any = ViTModel if config.model_type == "vit" else Dinov2Model
     extra = {"add_pooling_layer": False} if config.model_type == "vit" else {}
     try:
@@ -302,13 +303,8 @@ def _load_hf_vit(id: BackboneId, config: Any, where: str, image_size: int | None
         raise BadData(
             f"{id}: the checkpoint does not fit its own config.json ({str(misfit).strip().splitlines()[-1]})"
         ) from None
-    missing = sorted(report["missing_keys"])
-    unexpected = sorted(k for k in report["unexpected_keys"] if not k.startswith(HF_CLASSIFIER))
-    if missing or unexpected:
-        raise BadData(
-            f"these weights do not fit {id}: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(unexpected)} not understood "
-            f"({', '.join(unexpected[:3])}); is the checkpoint complete?"
-        )
+    unexpected = [k for k in report["unexpected_keys"] if not k.startswith(HF_CLASSIFIER)]
+    refuse(str(id), report["missing_keys"], unexpected, hint="is the checkpoint complete?")
     commit = None if Path(where).is_dir() else file.parent.name
     return _wrap_hf(id, network, tensors, commit, image_size, where=str(file.parent))
 

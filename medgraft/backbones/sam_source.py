@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from ..errors import BadCall, BadData, unknown
 from .base import Spec
+from .checkpoint import fill, read_tensors
 from .identity import fingerprint, redraw
 from .sam import Sam, resized_positions
-from .timm_source import hub_file, read_tensors
+from .timm_source import hub_file
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -123,7 +124,7 @@ def load_original(id: str, name: str, path: Path, image_size: int | None) -> Sam
         )
     network = network_of(SIZES[name])
     renamed = {theirs: t for ours, t in tensors.items() if (theirs := renamed_key(ours)) is not None}
-    fill(network, renamed, id)
+    load(network, renamed, id)
     return wrap(id, network, tensors, image_size)
 
 
@@ -188,27 +189,12 @@ def renamed_key(name: str) -> str | None:
     return name
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load complete, or raise BadData: every tensor must have its place, and every place its tensor."""
-    own = network.state_dict()
-    shared = {
-        "prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding",
-    }
-    given = dict(tensors)
-    for twin, first in shared.items():
-        if first in given:
-            given.setdefault(twin, given[first])
-        elif twin in given:
-            given[first] = given[twin]
-    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shapes = [n for n in own.keys() & given.keys() if own[n].shape != given[n].shape]
-    if missing or unexpected or shapes:
-        wrong = [f"{n} is {tuple(given[n].shape)}, {tuple(own[n].shape)} is wanted" for n in sorted(shapes)[:2]]
-        raise BadData(
-            f"these weights do not fit {what}: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(unexpected)} not understood "
-            f"({', '.join(unexpected[:3])}){'; ' + '; '.join(wrong) if wrong else ''}; is it a checkpoint of another size?"
-        )
-    network.load_state_dict(given)
+def load(network: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """`fill`, the one tensor that transformers has under two names given to both."""
+    twin, first = "prompt_encoder.shared_embedding.positional_embedding", "shared_image_embedding.positional_embedding"
+    either = tensors.get(first, tensors.get(twin))
+    shared = {} if either is None else {twin: either, first: either}
+    fill(network, {**shared, **tensors}, what, hint="is it a checkpoint of another size?")
 
 
 def load_hf(id: Any, config: Any, where: str, image_size: int | None) -> Sam:
@@ -222,7 +208,7 @@ def load_hf(id: Any, config: Any, where: str, image_size: int | None) -> Sam:
     )
     tensors = read_tensors(file)
     network = SamModel._from_config(config, attn_implementation="sdpa")
-    fill(network, tensors, str(id))
+    load(network, tensors, str(id))
     commit = None if Path(where).is_dir() else file.parent.name
     return wrap(str(id), network, tensors, image_size, commit=commit)
 
@@ -230,7 +216,7 @@ def load_hf(id: Any, config: Any, where: str, image_size: int | None) -> Sam:
 def load_starter(id: str, path: Path, image_size: int | None) -> Sam:
     """`medgraft:starter-sam`: weights by transformers' names, as `recipes.starter_sam` writes them. Raises BadData."""
     network, tensors = network_of(SIZES["starter"]), read_tensors(path)
-    fill(network, tensors, id)
+    load(network, tensors, id)
     return wrap(id, network, tensors, image_size)
 
 

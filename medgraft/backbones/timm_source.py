@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import BadCall, BadData, unknown
+from .checkpoint import read_tensors, refuse
 
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "mask_token")
 """Tensors that a classifier or a pretraining task owns; dropped on loading, part of the fingerprint all the same."""
@@ -31,29 +29,6 @@ def build(name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file, or of a `.pth` file read without executing anything in it."""
-    if not path.is_file():
-        raise BadData(
-            f"asked for weights at {path.name!r}: there is no such file; give the path of a .safetensors file"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as broken:
-        raise BadData(f"{path.name} cannot be read as weights ({broken}); is the download complete?") from None
-    except Exception as unsafe:  # torch raises pickle.UnpicklingError, and more, for code inside
-        raise BadData(
-            f"{path.name} holds more than tensors and is refused ({type(unsafe).__name__}); convert it to .safetensors"
-        ) from None
-    found = found.get("model", found.get("state_dict", found)) if isinstance(found, dict) else {}
-    tensors = {name: t for name, t in found.items() if isinstance(t, Tensor)}
-    if not tensors:
-        raise BadData(f"{path.name} holds no named tensors; a state dict is wanted")
-    return tensors
-
-
 def source(network: nn.Module, name: str, path: str | None) -> Weights:
     """Source tensors for `network`: from `path`, or from the hub repository that timm names for it."""
     if path is not None:
@@ -64,7 +39,7 @@ def source(network: nn.Module, name: str, path: str | None) -> Weights:
             f"timm publishes no weights for {name!r}; give a file (timm:{name}@PATH) or ask for random:timm:{name}"
         )
     file = hub_file(repo, "model.safetensors", f"timm:{name}@PATH", f"random:timm:{name}")
-    return load_file(file), file.parent.name
+    return read_tensors(file), file.parent.name
 
 
 def hub_file(repo: str, filename: str, *ways_out: str) -> Path:
@@ -107,8 +82,4 @@ def load(network: nn.Module, tensors: Mapping[str, Tensor], convert: Callable, w
         said = (str(misfit).splitlines() or [type(misfit).__name__])[-1].strip()
         raise BadData(f"these weights do not fit {what}: {said}; is it a checkpoint of another architecture?") from None
     unexpected = [name for name in unexpected if not name.startswith(CLASSIFIER)]
-    if missing or unexpected:
-        raise BadData(
-            f"these weights do not fit {what}: {len(missing)} tensors missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} not understood ({', '.join(unexpected[:3])}); is it a checkpoint of another architecture?"
-        )
+    refuse(what, missing, unexpected, hint="is it a checkpoint of another architecture?")

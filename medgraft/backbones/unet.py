@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import BadCall, BadData
 from .base import Backbone, Spec
+from .checkpoint import fill, read_tensors
 from .identity import fingerprint
 from .registry import BackboneId, _allow, family
 from .sites import Site
 from .state import Features, State
-from .timm_source import read_tensors
 
 IMAGE_SIZE = 128
 
@@ -70,10 +70,7 @@ def _unet(id: BackboneId, image_size: int | None) -> Backbone:
         torch.manual_seed(id.seed() if id.random else 0)
         network: nn.Module = MonaiUNet(2, 3, channels[0], channels, [2] * (len(channels) - 1), num_res_units=2)
     tensors = network.state_dict() if id.random else read_tensors(Path(str(id.path)))
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as misfit:
-        raise BadData(f"these weights do not fit {id} ({str(misfit).splitlines()[-1].strip()})") from None
+    fill(network, tensors, str(id))
     spec = Spec(
         id=str(id),
         family=UNet.family,

@@ -28,12 +28,12 @@ from torch.nn import functional
 
 from ..errors import BadCall, BadData, unknown
 from .base import Backbone, Spec
+from .checkpoint import fill, read_tensors
 from .identity import fingerprint
 from .meshnet import conv_site, dense_features, end_sites
 from .registry import BackboneId, _allow, family
 from .sites import Site
 from .state import Features, State
-from .timm_source import read_tensors
 
 LEVELS = 4
 MARGIN = 44
@@ -199,10 +199,5 @@ def _network_of(tensors: dict[str, Tensor], what: str, file: str) -> UNet3DNetwo
     if head is None or head.ndim != 5:
         raise BadData(f"{file} holds no weights of {what}: head.weight (classes, filters, 1, 1, 1) is missing")
     network = UNet3DNetwork(head.shape[1], head.shape[0])
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as misfit:
-        raise BadData(
-            f"these weights do not fit {what} ({str(misfit).splitlines()[-1].strip()}); are they another network's?"
-        ) from None
+    fill(network, tensors, what)
     return network

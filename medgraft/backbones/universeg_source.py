@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import BadCall, BadData
 from .base import Spec
+from .checkpoint import fill, read_tensors
 from .identity import fingerprint
-from .timm_source import read_tensors
 from .universeg import WIDTHS, UniverSeg, UniverSegNet
 
 RELEASED = "eedd25b13679d2f06ec4f9b59bcf02fc9205e06b"
@@ -42,17 +42,12 @@ def network_of(tensors: Mapping[str, Tensor], what: str) -> UniverSegNet:
             f"{what} is no UniverSeg checkpoint: it has no enc_blocks.0.cross.cross_conv.weight and the like; it has {_some(tensors)}"
         )
     network = UniverSegNet(widths)
-    own = network.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misfits = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or extra or misfits:
-        detail = "; ".join(f"{k} is {tuple(tensors[k].shape)}, {tuple(own[k].shape)} is wanted" for k in misfits[:2])
-        raise BadData(
-            f"{what} does not fit a UniverSeg of encoder widths {widths}: {len(missing)} tensors missing ({', '.join(missing[:3])}), "
-            f"{len(extra)} not understood ({', '.join(extra[:3])}), {len(misfits)} of other shapes ({detail}); "
-            "decoder widths other than the encoder's in reverse are not supported"
-        )
-    network.load_state_dict({k: t.float() for k, t in tensors.items()})
+    fill(
+        network,
+        {name: t.float() for name, t in tensors.items()},
+        f"a UniverSeg of encoder widths {widths} ({what})",
+        hint="decoder widths other than the encoder's in reverse are not supported",
+    )
     return network
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import BadCall, BadData, unknown
 from .base import Backbone, Spec
+from .checkpoint import fill, read_tensors
 from .identity import fingerprint, redraw
 from .registry import BackboneId, _allow, family
-from .timm_source import read_tensors
 from .volume import SwinUNETR, VolumeUNet
 
 OPTIONS: dict[str, dict[str, str]] = {
@@ -272,22 +272,11 @@ def _spec(
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], what: str, *, encoder_alone: bool = False) -> None:
     """All tensors, or with `encoder_alone` those of the transformer. Raises BadData where some are missing, unknown or of another shape."""
-    own = network.state_dict()
-    missing = [n for n in own.keys() - tensors.keys() if not n.endswith("relative_position_index")]
-    if encoder_alone:
-        missing = [n for n in missing if n.startswith("swinViT.")]
-    extra = sorted(tensors.keys() - own.keys())
-    misfits = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
-    if missing or extra or misfits:
-        alone = all(name.startswith("swinViT.") for name in tensors)
-        hint = (
-            "; it is an encoder alone: ?decoder=random draws the rest from a seed"
-            if alone and not encoder_alone
-            else ""
-        )
-        detail = "".join(f": {n} is {tuple(tensors[n].shape)}, {tuple(own[n].shape)} is wanted" for n in misfits[:1])
-        raise BadData(
-            f"these weights do not fit {what}: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), {len(extra)} not "
-            f"understood ({', '.join(extra[:3])}), {len(misfits)} of another shape{detail}{hint}"
-        )
-    network.load_state_dict(tensors, strict=False)
+    hint = "is it a checkpoint of another network?"
+    if not encoder_alone and all(name.startswith("swinViT.") for name in tensors):
+        hint = "it is an encoder alone: ?decoder=random draws the rest from a seed"
+
+    def optional(name: str) -> bool:
+        return name.endswith("relative_position_index") or (encoder_alone and not name.startswith("swinViT."))
+
+    fill(network, tensors, what, hint=hint, optional=optional)

@@ -64,7 +64,7 @@ def avit(
     if resnet34 is not None:
         from pathlib import Path
 
-        from ..backbones.timm_source import read_tensors
+        from ..backbones.checkpoint import read_tensors
 
         generator = parts["prompt"]
         assert isinstance(generator, PromptGenerator)
