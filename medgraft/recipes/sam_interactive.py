@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..adapters import MaskHead, Part, RefineDecoder, Task, Tuned
 from ..backbones import Backbone
 from ..errors import BadCall
-from ..training.clicks import clicked, normalised_focal
+from ..training.clicks import Clicked, normalised_focal
 from ..training.fit import FitOptions
 from .registry import recipe
 from .run import Run
@@ -66,5 +66,5 @@ def sam_interactive(
         options,
         settings=settings,
         loss=normalised_focal,
-        forward=clicked(run.seed, most=clicks),
+        forward=Clicked(run.seed, most=clicks),
     )

@@ -9,7 +9,7 @@ the house in the place of HIPT's; "none" is the paper's "fine-tuned SAM". Both e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -34,9 +34,9 @@ EPOCHS = 32
 class SeenOnce:
     """A training step's forward pass in which the second encoder's maps come from a cache."""
 
-    fusion: Fusion
-    cache: PrefixCache
-    batches: Batches
+    fusion: Fusion = field(repr=False)
+    cache: PrefixCache = field(repr=False)
+    batches: Batches = field(repr=False)
 
     def __call__(self, asked: Asked) -> Tensor:
         """-> logits (B, K, H, W)."""

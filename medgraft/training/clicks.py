@@ -25,7 +25,7 @@ from ..adapters import Host
 from ..adapters.on_image import OnImage
 from ..backbones.prompts import BACKGROUND, FOREGROUND, Prompts
 from ..errors import BadCall, BadData
-from .fit import Asked, Forward
+from .fit import Asked
 from .items import Dataset
 from .metrics import bootstrap_interval
 from .prompting import drawn
@@ -75,24 +75,31 @@ def _depth(region: np.ndarray) -> np.ndarray:
 # Training
 
 
-def clicked(seed: int, *, most: int = 4) -> Forward:
+@dataclass(frozen=True)
+class Clicked:
     """The forward pass of a step with simulated clicks, for `fit(forward=...)`.
 
     One click drawn from the truth, then n ~ U{0 .. `most` - 1} more, each on the errors of the answer before, which is the mask prompt;
-    only the last answer has gradients. n is the same for a batch, drawn from (seed, step).
+    only the last answer has gradients. n is the same for a batch, drawn from (seed, step). Raises BadCall for no click.
     """
-    if most < 1:
-        raise BadCall(f"training wants at least one click, got {most}")
 
-    def forward(asked: Asked) -> Tensor:
-        rng = drawn(seed, asked.step)
+    seed: int
+    most: int = 4
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise BadCall(f"training wants at least one click, got {self.most}")
+
+    def __call__(self, asked: Asked) -> Tensor:
+        """-> logits (B, 1, H, W)."""
+        rng = drawn(self.seed, asked.step)
         truth = asked.batch.targets.numpy() > 0
         b, h, w = truth.shape
         side = 4 * h // asked.host.backbone.spec.divisor
         answers, before = np.zeros((b, h, w), dtype=bool), np.zeros((b, h, w), dtype=bool)
         clicks = np.zeros((b, 0, 3))
         earlier: Tensor | None = None
-        count = 1 + int(rng.integers(most))
+        count = 1 + int(rng.integers(self.most))
         for k in range(count):
             fresh = [next_click(*rows, rng) for rows in zip(truth, answers, before, strict=True)]
             clicks = np.concatenate([clicks, np.array(fresh, dtype=float)[:, None]], 1)
@@ -105,8 +112,6 @@ def clicked(seed: int, *, most: int = 4) -> Forward:
                 answers = (logits[:, 0] > 0).cpu().numpy()
                 earlier = functional.interpolate(logits.float(), (side, side), mode="bilinear", antialias=True)
         return logits
-
-    return forward
 
 
 def _prompts(clicks: np.ndarray, earlier: Tensor | None, like: Tensor) -> Prompts:

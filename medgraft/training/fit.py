@@ -141,7 +141,7 @@ def fit(
     forward = forward or plain
     loss = loss or (segmentation_loss if adapter.task.kind == "segment" else classification_loss)
     running = None if average is None else RunningAverage(average, parameters, options.steps)
-    identity = _identity(options, batches, parameters, mix, average, loss)
+    identity = _identity(options, batches, parameters, mix, average, loss, forward)
     keeper = Keeper(out, identity, parameters, list(adapter.buffers()), optimiser, running)
     step = keeper.load() if resume else 0
     log = Log(out / "log.jsonl", resume_after=step if resume else None) if out is not None else None
@@ -361,6 +361,7 @@ def _identity(
     mix: FuseStyle | None,
     average: WeightAverage | None,
     loss: Callable[..., Tensor],
+    forward: Forward,
 ) -> dict[str, Any]:
     """What two runs must share so that one can go on where the other stopped."""
     return {
@@ -372,8 +373,19 @@ def _identity(
         "labels": batches.labels,
         "mix": repr(mix),
         "average": repr(average),
-        "loss": getattr(loss, "__name__", repr(loss)),
+        "loss": _said(loss),
+        "forward": _said(forward),
     }
+
+
+def _said(call: Callable[..., Any]) -> str:
+    """A function by its name, an object by what it says of itself, or by its class where it says only its address."""
+    if isinstance(call, partial):
+        return f"{_said(call.func)}{call.args}{call.keywords}"
+    owner = getattr(call, "__self__", call)
+    if hasattr(owner, "__qualname__"):
+        return str(owner.__qualname__)
+    return type(owner).__qualname__ if type(owner).__repr__ is object.__repr__ else repr(owner)
 
 
 def _check_cache(host: Host, name: str, cache: PrefixCache, batches: Batches) -> None:

@@ -14,9 +14,9 @@ from medgraft.recipes.sam_interactive import interactive_parts
 from medgraft.training.batches import Batch
 from medgraft.training.clicks import (
     Click,
+    Clicked,
     answering,
     click_through,
-    clicked,
     interactive_scores,
     next_click,
     normalised_focal,
@@ -128,7 +128,7 @@ def asked_with(sam: Backbone, step: int) -> tuple[list[Prompts], Tensor]:
     batch = Batch(images, targets, (), (0, 0))
     host = Host(sam)
     state = sam.stem(images)
-    return seen, clicked(3, most=4)(Asked(host, "it", batch, state, images, step, resume))
+    return seen, Clicked(3, most=4)(Asked(host, "it", batch, state, images, step, resume))
 
 
 def test_training_clicks_follow_the_errors(sam: Backbone) -> None:
@@ -267,7 +267,7 @@ def test_bad_options(sam: Backbone) -> None:
         interactive_parts(sam, ONE, decoder="deep")
     says(refused.value, "refine", "own", "deep")
     with pytest.raises(BadCall) as refused:
-        clicked(0, most=0)
+        Clicked(0, most=0)
     says(refused.value, "at least one click")
     with pytest.raises(BadCall) as refused:
         RefineDecoder.on(sam, THREE)

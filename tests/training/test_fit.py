@@ -1,5 +1,7 @@
 """`fit`: it learns, it resumes bit for bit, it stops before damage, it caches without changing the curve."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from medgraft.backbones import Backbone
 from medgraft.errors import BadCall, BadData, Diverged, SaveFailed
 from medgraft.training.cache import PrefixCache
 from medgraft.training.data import Augment, Batches, load_dataset
-from medgraft.training.fit import FitOptions, fit
+from medgraft.training.fit import Asked, FitOptions, _said, fit, plain
 from medgraft.training.phantoms import write_dataset
 from medgraft.training.report import read_log
 
@@ -106,9 +108,33 @@ def test_resume_refuses_another_run_and_nothing_at_all(vit: Backbone, folder: Pa
     fit(host_with(vit), "x", batches(folder), FitOptions(2), out=tmp_path, quiet=True)
     with pytest.raises(BadData, match="other options"):
         fit(host_with(vit), "x", batches(folder), FitOptions(3), out=tmp_path, resume=True, quiet=True)
+
+    def forward(asked: Asked) -> torch.Tensor:
+        return plain(asked) * 2
+
+    with pytest.raises(BadData, match="other options"):
+        fit(host_with(vit), "x", batches(folder), FitOptions(2), out=tmp_path, resume=True, quiet=True, forward=forward)
     (tmp_path / "training_state.pt").write_bytes(b"half a file")
     with pytest.raises(BadData, match="cannot be read"):
         fit(host_with(vit), "x", batches(folder), FitOptions(2), out=tmp_path, resume=True, quiet=True)
+
+
+def test_what_computes_a_step_is_told_by_more_than_an_address() -> None:
+    @dataclass(frozen=True)
+    class Weighed:
+        by: float
+
+        def forward(self, asked: Asked) -> torch.Tensor:
+            return plain(asked) * self.by
+
+    class Silent:
+        def __call__(self) -> None: ...
+
+    assert _said(plain) == "plain"
+    assert _said(Weighed(2).forward) == _said(Weighed(2).forward) != _said(Weighed(3).forward)
+    assert _said(partial(plain, by=2)) == _said(partial(plain, by=2)) != _said(partial(plain, by=3))
+    assert _said(Silent()) == _said(Silent())
+    assert "0x" not in "".join(map(_said, (plain, Weighed(2).forward, partial(plain), Silent())))
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(vit: Backbone, folder: Path) -> None:
