@@ -74,15 +74,15 @@ def ratio(times: Mapping[str, list[float]], above: str, below: str) -> float:
 
 def memory(field: str) -> float:
     """MiB of this process by /proc: resident now (VmRSS), or the most it ever was (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def write(name: str, record: dict[str, Any], markdown: str) -> None:
     """`results/NAME.json` and `results/NAME.md`."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown.rstrip() + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
     print(markdown)
 
 

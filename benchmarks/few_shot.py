@@ -128,7 +128,7 @@ def main() -> None:
     files = {pack: RESULTS / f".{name}.{pack}.json" for pack in args.packs.split(",")}
     cells: dict[str, Any] = {}
     for file in files.values():
-        cells |= json.loads(file.read_text()) if file.exists() else {}
+        cells |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for pack in args.packs.split(","):
             data = data_root() / pack

@@ -233,7 +233,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     name_of, steps = ("fseft_full", 5 * STEPS) if args.full else ("fseft", STEPS)
     kept = RESULTS / f".{name_of}.json"
-    cells: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    cells: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     bench = Bench(steps)
     for group in (choosing, choosing_prior, table_cells):
         for cell in group():

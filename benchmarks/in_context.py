@@ -218,7 +218,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for pack in PACKS:
         file = RESULTS / f".{name}.{pack}.json"
-        found[pack] = json.loads(file.read_text()) if file.exists() else {}
+        found[pack] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if args.only not in (None, pack):
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -232,7 +232,7 @@ def cell(name: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """One table, kept in a file until the page is written."""
     kept = CELLS.with_name(f"{CELLS.name}.{device.type}.{name}.json")
     if kept.is_file():
-        return json.loads(kept.read_text())
+        return json.loads(kept.read_text(encoding="utf-8"))
     torch.manual_seed(0)
     found = [timed(op, device, repeats=repeats) for op in TABLES[name](device)]
     RESULTS.mkdir(exist_ok=True)

@@ -130,7 +130,7 @@ def _unions(host: Host, data: Path) -> dict[str, list[float]]:
 def fill(name: str, args: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
     """The cells of one study by row and seed; what is in its file is not done again."""
     study, file = STUDIES[name], RESULTS / f".{args.name}.{name}.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     cells = {(line["row"], line["seed"]): line for line in map(_line, lines) if line}
     with tempfile.TemporaryDirectory() as folder:
         data = data_root() / {"retina": "retina_vessels"}.get(name, name)
@@ -141,7 +141,7 @@ def fill(name: str, args: argparse.Namespace) -> dict[tuple[str, int], dict[str,
                 if (row, seed) in cells:
                     continue
                 made = {"row": row, "seed": seed, **cell(study, options, seed, data, Path(folder), args.full)}
-                with file.open("a") as log:
+                with file.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(made) + "\n")
                 cells[row, seed] = made
                 told, site = study.hidden

@@ -170,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("rates", *PACKS):
             file = RESULTS / f".{name_of}.{part}.json"
-            kept = json.loads(file.read_text()) if file.exists() else {}
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             found[part] = kept if kept.get("fingerprint") == frozen.spec.fingerprint else {}
             found[part]["fingerprint"] = frozen.spec.fingerprint  # cells of other weights do not count
             if only_pack not in ("", part) and not (part == "rates" and only_pack in PACKS):
@@ -200,7 +200,7 @@ def fill(bench: Bench, part: str, name: str, found: Mapping[str, dict[str, Any]]
         cells[key] = bench.cell(name, int(seed), float(rate), cpu, split)
         cells[key]["seconds"] = time.process_time() - began
         print(part, key, f"{cells[key]['dice']:.4f}", f"{cells[key]['seconds']:.0f} CPU s", flush=True)
-        file.write_text(json.dumps(cells))
+        file.write_text(json.dumps(cells), encoding="utf-8")
 
 
 # Report

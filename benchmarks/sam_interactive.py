@@ -123,7 +123,7 @@ def main() -> None:
     cells: dict[str, Any] = {}
     for pack in PACKS:
         kept = RESULTS / f".{args.name}.{pack}.{args.steps}.json"
-        own: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+        own: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         if args.only in (None, pack):
             fill(args, pack, own, kept)
         cells |= own
@@ -150,7 +150,7 @@ def fill(args: argparse.Namespace, pack: str, own: dict[str, Any], kept: Path) -
             else:
                 own[key] = clicks_cell(pack, row, int(seed), args.backbone, args.steps, out)
         own[key]["cpu"] = time.process_time() - began
-        kept.write_text(json.dumps(own))
+        kept.write_text(json.dumps(own), encoding="utf-8")
         print(key, f"{own[key]['cpu']:.0f} s of CPU", flush=True)
 
 

@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    done: dict[str, Any] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
+    done: dict[str, Any] = json.loads(CELLS.read_text(encoding="utf-8")) if CELLS.exists() else {}
     wanted = cells(args.repeats)
     for key, make in wanted.items():
         if args.only != key and (args.only is not None or key in done):

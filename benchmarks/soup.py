@@ -188,7 +188,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     RESULTS.mkdir(exist_ok=True)
     kept = RESULTS / f".{args.name}.{args.pack}.{args.steps}.json"
-    cells: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    cells: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):
             for row in (*STARTS, "along"):

@@ -61,7 +61,10 @@ def main() -> None:
     parser.add_argument("--mean", type=float, nargs=3, default=[0.5, 0.5, 0.5])
     parser.add_argument("--std", type=float, nargs=3, default=[0.5, 0.5, 0.5])
     a = parser.parse_args()
-    named = a.network or json.loads((Path(a.adapter) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    named = (
+        a.network
+        or json.loads((Path(a.adapter) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    )
     if named is None:
         parser.error("adapter_config.json names no network: give --network")
     found = features(build(named, a.weights), a.adapter, as_batch(a.image, a.size, a.mean, a.std))

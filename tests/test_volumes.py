@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import locale
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +290,7 @@ def write_series(folder: Path, values: np.ndarray, series: str = "1.2.3.4") -> N
     """Slices of (x, y, z) int16 with names that do not follow their order, as scanners write them."""
     sitk = pytest.importorskip("SimpleITK")
     folder.mkdir(exist_ok=True)
+    before = locale.setlocale(locale.LC_CTYPE)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     for z in range(values.shape[2]):
@@ -310,11 +312,14 @@ def write_series(folder: Path, values: np.ndarray, series: str = "1.2.3.4") -> N
             image.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{(7 * z) % 11:03d}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_CTYPE, before)  # ITK's writer can leave the process in ASCII
 
 
 def test_a_dicom_series_is_a_volume_in_hounsfield_units(tmp_path: Path) -> None:
     write_series(tmp_path / "series", ramp())
+    before = locale.setlocale(locale.LC_CTYPE)
     found = read_volume(tmp_path / "series")
+    assert locale.setlocale(locale.LC_CTYPE) == before, "reading changed the process's character set"
     assert np.allclose(found.affine @ [0, 0, 0, 1], [-10, 20, 5, 1])  # LPS -> RAS
     assert found.spacing == pytest.approx((0.5, 0.75, 3.0))
     assert found.axcodes == "LPS"

@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
         os.replace(new, path)
     except OSError as refused:
         new.unlink(missing_ok=True)

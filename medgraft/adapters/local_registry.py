@@ -239,7 +239,9 @@ def _write_index(root: Path, entries: list[Entry]) -> None:
     """Best effort, in one step: a registry that one may only read is listed all the same."""
     new = root / f".{INDEX_NAME}.{secrets.token_hex(4)}.new"
     try:
-        new.write_text(json.dumps({"format": 1, "adapters": [asdict(e) for e in entries]}, indent=1) + "\n")
+        new.write_text(
+            json.dumps({"format": 1, "adapters": [asdict(e) for e in entries]}, indent=1) + "\n", encoding="utf-8"
+        )
         os.replace(new, root / INDEX_NAME)
     except OSError:
         with contextlib.suppress(OSError):
@@ -254,7 +256,7 @@ def _publishing(root: Path) -> Iterator[None]:
         import fcntl
 
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / LOCK_NAME, "a")  # noqa: SIM115
+        lock = open(root / LOCK_NAME, "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield

@@ -377,7 +377,7 @@ def _hf_normalisation(where: str | None) -> tuple[tuple[float, ...], tuple[float
 
     file = None if where is None else Path(where) / "preprocessor_config.json"
     if file is not None and file.is_file():
-        stated = json.loads(file.read_text())
+        stated = json.loads(file.read_text(encoding="utf-8"))
         if "image_mean" in stated and "image_std" in stated:
             return tuple(stated["image_mean"]), tuple(stated["image_std"])
     return (0.5,) * 3, (0.5,) * 3

@@ -131,7 +131,7 @@ def starter_sam(
             means = [round(value, 4) for value in torch.tensor(shown).mean(0).tolist()]
             line = {"step": step + 1, "loss": means[0], "iou": means[1:]}
             line |= {"seconds": round(time.perf_counter() - clock, 1), "threads": torch.get_num_threads()}
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             shown = []
         if (step + 1) % save_every == 0 and step + 1 < steps:

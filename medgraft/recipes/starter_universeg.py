@@ -93,7 +93,7 @@ def starter_universeg(
             means = torch.tensor(shown).mean(0).tolist()
             line = {"step": step + 1, "loss": round(means[0], 4), "dice": round(means[1], 4)}
             line |= {"seconds": round(time.perf_counter() - clock, 1), "threads": torch.get_num_threads()}
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             shown = []
         if (step + 1) % save_every == 0 and step + 1 < steps:

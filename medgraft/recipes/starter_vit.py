@@ -129,7 +129,7 @@ def starter_vit(
         if step % 10 == 0 or step == steps - 1:
             line = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - clock, 1)}
             line |= {name: round(value.item(), 4) for name, value in losses.items()}
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if (step + 1) % save_every == 0 and step + 1 < steps:
             state = {"backbone": backbone.state_dict(), "reader": reader.state_dict(), "step": step + 1}

@@ -41,7 +41,7 @@ def save_network(backbone: Backbone, adapter: Adapter, directory: Path, *, image
             "image_size": image_size,
             "provenance": adapter.provenance,
         }
-        (new / NETWORK_JSON).write_text(json.dumps(record, indent=1) + "\n")
+        (new / NETWORK_JSON).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return directory
 
 

@@ -815,5 +815,5 @@ def write_dataset(folder: Path, kind: str, *, train: int, test: int, size: int =
         "items": items,
     }
     path = folder / "dataset.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return path

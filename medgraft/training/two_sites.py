@@ -44,7 +44,7 @@ def write_two_sites(folder: Path, *, train: int, test: int, size: int = 64, cue:
                 items.append({"id": name, **files, "domain": domain, "split": split})
     facts = {"name": "two_sites", "dims": 2, "classes": CLASSES, "cue": cue, "seed": seed, "items": items}
     path = folder / "dataset.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return path
 
 

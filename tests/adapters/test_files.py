@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import locale
 import os
 import resource
 import shutil
@@ -100,6 +101,17 @@ def test_a_block_that_fails_leaves_the_old_version(tmp_path: Path, error: type[B
     assert os.listdir(tmp_path) == (["a"] if stands else [])
     if stands:
         assert look(tmp_path / "a") == "old"
+
+
+def test_text_is_utf8_whatever_the_process_speaks(tmp_path: Path) -> None:
+    """A library that reads DICOM may have set the process to ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")
+        files_module.write_text(tmp_path / "scores.md", ".81 ± .02\n")
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert (tmp_path / "scores.md").read_bytes() == b".81 \xc2\xb1 .02\n"
 
 
 SYSTEM = {

@@ -206,7 +206,7 @@ def test_damaged_adapters_and_strange_folders_are_passed_over(registry: Path) ->
 def test_a_listing_needs_no_permission_to_write(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (registry / "index.json").unlink()
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(local_registry.Path, "write_text", refuse)

@@ -280,7 +280,7 @@ def attack(files: Files, r: random.Random, others: list[Original]) -> None:
 
 def memory(name: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     raise LookupError(name)
@@ -288,7 +288,7 @@ def memory(name: str) -> int:
 
 def forget_peak() -> None:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         pytest.skip("the peak of this process's memory cannot be reset here")
 

@@ -386,5 +386,5 @@ def _with(file: Path, text: str, key: str, **changes: Any) -> Path:
     record = json.loads(text)
     record[key] |= changes
     del record["sha256"]
-    file.write_text(json.dumps({**record, "sha256": canonical(record)}))
+    file.write_text(json.dumps({**record, "sha256": canonical(record)}), encoding="utf-8")
     return file.parent
