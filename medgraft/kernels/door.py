@@ -5,7 +5,9 @@ variable MEDGRAFT_KERNELS is read at each call:
 
 off    plain torch everywhere
 auto   kernels on the NVIDIA architectures that they were compiled and checked for, where the operation fits (the default)
-on     also on other NVIDIA architectures, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1), for tests
+on     also on other NVIDIA architectures, also those on trial, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1), for tests
+
+A kernel is on trial where it competes with products of the library and no committed table shows yet that it wins.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 MODES = ("off", "auto", "on")
 ARCHITECTURES = (80, 90)
 """Compute capabilities, times ten, for which every shipped configuration is compiled by the tests without a spill."""
+MEASURED: frozenset[tuple[str, int]] = frozenset()
+"""The kernels whose trial is over, by architecture: a committed table shows that they are faster there than the library."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,12 @@ def mode() -> str:
     return found
 
 
-def door(x: Tensor, unfit: str | None = None) -> Path:
-    """The path of an operation whose largest input is `x`. `unfit` is the operation's own reason to decline, if it has one."""
+def door(x: Tensor, unfit: str | None = None, trial: str | None = None) -> Path:
+    """The path of an operation whose largest input is `x`.
+
+    unfit : the operation's own reason to decline, if it has one.
+    trial : the name under which it is looked up in `MEASURED`, if it is on trial.
+    """
     asked = mode()
     if asked == "off":
         return Path(False, "MEDGRAFT_KERNELS=off")
@@ -72,6 +80,8 @@ def door(x: Tensor, unfit: str | None = None) -> Path:
         if asked == "auto" and chip not in ARCHITECTURES:
             known = ", ".join(f"sm_{c}" for c in ARCHITECTURES)
             return Path(False, f"sm_{chip} is none of the checked {known}; MEDGRAFT_KERNELS=on tries")
+        if unfit is None and asked == "auto" and trial is not None and (trial, chip) not in MEASURED:
+            return Path(False, f"not measured on sm_{chip} yet; MEDGRAFT_KERNELS=on takes it")
         return Path(False, unfit) if unfit else Path(True, f"Triton on sm_{chip}")
     if x.device.type != "cpu" or not INTERPRETED or asked != "on":
         return Path(False, f"the tensors are on {x.device.type}")

@@ -61,6 +61,20 @@ def test_the_operation_may_decline(monkeypatch: pytest.MonkeyPatch, chip) -> Non
     assert door(OnChip(), "rank 300") == Path(False, "rank 300")
 
 
+@pytest.mark.parametrize(("mode", "measured", "fused"), [("auto", 90, True), ("auto", 80, False), ("on", 80, True)])
+def test_a_kernel_on_trial_waits_for_a_table(
+    mode: str, measured: int, fused: bool, monkeypatch: pytest.MonkeyPatch, chip
+) -> None:
+    chip(90)
+    monkeypatch.setenv("MEDGRAFT_KERNELS", mode)
+    monkeypatch.setattr(door_module, "MEASURED", frozenset({("product", measured)}))
+    path = door(OnChip(), trial="product")
+    assert path.fused == fused
+    if not fused:
+        says(Exception(str(path)), "not measured on sm_90", "MEDGRAFT_KERNELS=on")
+    assert door(OnChip(), "rank 300", trial="product") == Path(False, "rank 300")
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door_module, "triton", None)
     assert "not installed" in door(X).why
