@@ -2,12 +2,13 @@
 
     y_i = x_i W^T + b + s_k (x_i A_k^T) B_k^T      with k = ids[i], and no second term where ids[i] = -1
 
-Three arrangements of the same function; M rows, K columns in, N out, sum of ranks R:
+Four arrangements of the same function; M rows, K columns in, N out, sum of ranks R:
   by runs  consecutive images with one adapter at a time, added in place: what one adapter for all would cost (CPU)
   gathered every image's own A_k and B_k side by side, two batched products (other devices, any number of adapters)
   slots    [x | u] [W | B_1 | .. | B_n]^T + b: one library product on K + R columns, behind the Triton kernel of `shrink`
+  expanded u as in gathered; u_i B_k^T is added by the Triton product of `linear_expand` on the way out (more columns than slots hold)
 
-A change of adapters is a change of `ids`; which images have which costs nothing on the last two.
+A change of adapters is a change of `ids`; which images have which costs nothing on the last three.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch.nn import functional
 
 from ..errors import BadCall
 from .door import Path
+from .linear_expand import linear_expand, linear_expand_path
 from .lora_linear import flat, given, grad_b, grad_shrunk, lora_path, operands, shrunk, thawed
-from .shrink import beside, shrink
+from .shrink import LARGEST, beside, shrink
 
 Factors = Sequence[tuple[Tensor, Tensor, float]]
 """One (A (R_k, K), B (N, R_k), s_k) a slot."""
@@ -63,8 +65,18 @@ def mixed_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: F
 
 
 def mixed_lora_path(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> Path:
-    """Whether slots are taken for x (..., K) at this weight (N, K), and why."""
-    return lora_path(x, weight, sum(ranks))
+    """Which arrangement is taken for x (..., K) at this weight (N, K), whether it is a kernel's, and why."""
+    way, path = _arrangement(x, weight, ranks)
+    return Path(path.fused, f"{way}; {path.why}")
+
+
+def _arrangement(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> tuple[str, Path]:
+    """One of the four at the top of the file, and what the door said."""
+    many = sum(ranks) > LARGEST
+    path = linear_expand_path(x, max(ranks)) if many else lora_path(x, weight, sum(ranks))
+    if path.fused:
+        return ("expanded" if many else "slots"), path
+    return ("by runs" if by_runs(x) else "gathered"), path
 
 
 def by_runs(x: Tensor) -> bool:
@@ -130,16 +142,21 @@ def _forward(
 ) -> Tensor:
     """(M, K) -> (M, N) with a (R, K) and b (N, R) of all slots, the scales in b."""
     with torch.autocast(x.device.type, enabled=False):
-        if mixed_lora_path(x, weight, ranks).fused:
+        way, _ = _arrangement(x, weight, ranks)
+        if way == "slots":
             owner = _owner(tuple(ranks), x.device)
             return functional.linear(shrink(x, a, ids=ids, owner=owner), beside(weight, b), bias)
-        y = functional.linear(x, weight, bias)
-        if by_runs(x):
+        if way == "by runs":
+            y = functional.linear(x, weight, bias)
             for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
                 y[rows].addmm_(shrunk(x[rows], a[cols]), b[:, cols].t())
-        else:
-            own = _columns(tuple(ranks), x.device)[ids]
-            _images(y, ids).baddbmm_(_images(x, ids) @ _gathered(a, own).mT, _gathered(b.t(), own))
+            return y
+        own = _columns(tuple(ranks), x.device)[ids]
+        u = _images(x, ids) @ _gathered(a, own).mT
+        if way == "expanded":
+            return linear_expand(x, weight, bias, u.flatten(0, 1), b.t(), own)
+        y = functional.linear(x, weight, bias)
+        _images(y, ids).baddbmm_(u, _gathered(b.t(), own))
         return y
 
 
@@ -155,17 +172,22 @@ def _backward(
     """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
     with torch.autocast(x.device.type, enabled=False):
         dy = dy.contiguous()
-        dx = dy @ weight if wanted[0] else None
-        if not by_runs(x):
+        way, _ = _arrangement(x, weight, ranks)
+        if way != "by runs":
             own = _columns(tuple(ranks), x.device)[ids]
             xs, dys = _images(x, ids), _images(dy, ids)
             own_a, own_b = _gathered(a, own), _gathered(b.t(), own)
             du = dys @ own_b.mT
-            if dx is not None:
+            dx = None
+            if wanted[0] and way == "expanded":
+                dx = linear_expand(dy, weight.t(), None, du.flatten(0, 1), a, own)
+            elif wanted[0]:
+                dx = dy @ weight
                 _images(dx, ids).baddbmm_(du, own_a)
             da = _summed(du.mT @ xs, own, len(a)) if wanted[1] else None
             db = _summed((xs @ own_a.mT).mT @ dys, own, len(a)).t() if wanted[2] else None
             return given(x, dx, da, db)
+        dx = dy @ weight if wanted[0] else None
         da, db = torch.zeros_like(a), b.new_zeros(b.shape[::-1]).t()
         for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
             du = grad_shrunk(dy[rows], b[:, cols])

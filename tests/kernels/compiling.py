@@ -91,6 +91,27 @@ def shrink() -> Cases:
         yield f"{case} mixed", partial(shrink, x, a, ids=ids, owner=owner[:rank])
 
 
+def linear_expand() -> Cases:
+    """ViT-B's qkv and ViT-L's first MLP layer under many adapters; a window and a row an image, ranks off the alignment."""
+    import torch
+
+    from medgraft.kernels.linear_expand import LARGEST, linear_expand
+
+    for k, n, rank, slots, rows, dtype in (
+        (768, 2304, 16, 16, 197, torch.bfloat16),
+        (1024, 4096, LARGEST, 32, 197, torch.float16),
+        (768, 2304, 37, 9, 49, torch.bfloat16),
+        (768, 768, 8, 32, 1, torch.bfloat16),
+    ):
+        x, dy, u = (torch.empty(8 * rows, size, dtype=dtype) for size in (k, n, rank))
+        weight, bias = torch.empty(n, k, dtype=dtype), torch.empty(n, dtype=dtype)
+        a, b = torch.empty(slots * rank, k, dtype=dtype), torch.empty(n, slots * rank, dtype=dtype)
+        own = torch.zeros(8, rank, dtype=torch.int64)
+        case = f"{slots} of rank {rank}, 8 x {rows} x {k} to {n} {str(dtype).removeprefix('torch.')}"
+        yield f"{case} forward", partial(linear_expand, x, weight, bias, u, b.t(), own)
+        yield f"{case} backward", partial(linear_expand, dy, weight.t(), None, u, a, own)
+
+
 def bottleneck() -> Cases:
     """AdaptFormer's on ViT-B, AViT's on ViT-B and the widest."""
     from importlib import import_module
@@ -125,6 +146,7 @@ def support_epilogue() -> Cases:
 LAUNCHES: dict[str, Callable[[], Cases]] = {
     "relpos_attention": relpos_attention,
     "shrink": shrink,
+    "linear_expand": linear_expand,
     "bottleneck": bottleneck,
     "support_epilogue": support_epilogue,
 }

@@ -12,6 +12,10 @@ from tests.kernels.compiling import LAUNCHES, faults, measured
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
+LONG = ["relpos_attention", "linear_expand"]
+"""Operations of which only the main shapes are compiled every time."""
+
+
 def wrong(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Faults by kernel."""
     assert rows
@@ -27,15 +31,23 @@ def test_attention_of_sam_compiles_without_a_spill(arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("operation", [name for name in LAUNCHES if name != "relpos_attention"])
+def test_the_product_for_many_adapters_compiles_without_a_spill(arch: int) -> None:
+    rows = measured("linear_expand", arch, " x 197 x ")
+    assert not wrong(rows)
+    assert arch == 80 or all(row["wgmma"] for row in rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("operation", [name for name in LAUNCHES if name not in LONG])
 def test_it_compiles_without_a_spill(operation: str, arch: int) -> None:
     assert not wrong(measured(operation, arch))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_attention_on_other_grids_compiles_without_a_spill(arch: int) -> None:
-    assert not wrong(measured("relpos_attention", arch))
+@pytest.mark.parametrize("operation", LONG)
+def test_other_shapes_compile_without_a_spill(operation: str, arch: int) -> None:
+    assert not wrong(measured(operation, arch))
 
 
 def test_faults_are_seen() -> None:
