@@ -33,7 +33,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
     x, w, c = one(rows, k), one(n, k, size=k**-0.5), one(n)
     a, b, gain = one(rank, k, size=k**-0.5), one(n, rank), 1 + one(n, size=0.1)
-    ids = torch.arange(images, device=device) % 4
+    ids = torch.arange(images, device=device)
 
     def low(f: Any) -> Callable[..., list[Tensor]]:
         return lambda x, a, b, w, c: [f(x, w, c, a, b, 2.0)]
@@ -41,8 +41,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     def rescaled(f: Any) -> Callable[..., list[Tensor]]:
         return lambda x, a, b, g, w, c: [f(x, w, c, a, b, 2.0, g)]
 
-    def several(f: Any) -> Callable[..., list[Tensor]]:
-        return lambda x, a, b, w, c: [f(x, w, c, [(a[i::4], b[:, i::4], 2.0) for i in range(4)], ids)]
+    def several(f: Any, n: int = 4) -> Callable[..., list[Tensor]]:
+        return lambda x, a, b, w, c: [f(x, w, c, [(a[i::n], b[:, i::n], 2.0) for i in range(n)], ids % n)]
 
     def neck(f: Any) -> Callable[..., list[Tensor]]:
         return lambda x, *layers: [f(x, x, *layers)]
@@ -59,6 +59,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield "lora_linear", low(lora_linear), low(lora_linear_reference), [x, a, b], [w, c]
     yield "dora_linear", rescaled(dora_linear), rescaled(dora_linear_reference), [x, a, b, gain], [w, c]
     yield "mixed_lora_linear", several(mixed_lora_linear), several(mixed_lora_linear_reference), [x3, a, b], [w, c]
+    many = [x3, one(160, k, size=k**-0.5), one(n, 160)]
+    ways = [several(f, 10) for f in (mixed_lora_linear, mixed_lora_linear_reference)]
+    yield "mixed_lora_linear, 160 columns", ways[0], ways[1], many, [w, c]
     layers = [one(96, k, size=k**-0.5), one(96), one(k, 96, size=0.1), one(k)]
     yield "bottleneck", neck(bottleneck), neck(bottleneck_reference), [x, *layers], []
     yield "support_epilogue", epilogue, activated, [one(1, 16, 8, 32, 32), one(1, 8, 32, 32)], []

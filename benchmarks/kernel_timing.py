@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,16 @@ BYTES, FLOPS = 4.3e12, 780e12
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute an operation. `call` gives the output; `leaves` are the tensors whose gradients it makes."""
+    """One way to compute an operation.
+
+    call : gives the output.
+    leaves : the tensors whose gradients it makes.
+    trial : with MEDGRAFT_KERNELS=on, so that kernels on trial run as well.
+    """
 
     call: Callable[[], Tensor]
     leaves: list[Tensor] = field(default_factory=list)
+    trial: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,16 @@ def timed(op: Operation, device: torch.device, *, repeats: int) -> dict[str, Any
     """Milliseconds and ratios to the first way, forward and forward + backward; on a GPU also under a CUDA graph."""
     names, first = list(op.ways), next(iter(op.ways))
     with torch.no_grad():
-        forward = rounds({n: _waiting(w.call, device) for n, w in op.ways.items()}, repeats=repeats, warmup=2)
-        graphs = {n: g for n, w in op.ways.items() if (g := _graph(w.call, device)) is not None}
+        forward = rounds(
+            {n: _waiting(_asked(w, w.call), device) for n, w in op.ways.items()}, repeats=repeats, warmup=2
+        )
+        graphs = {n: g for n, w in op.ways.items() if (g := _graph(_asked(w, w.call), device)) is not None}
         graphed = (
             rounds({n: _waiting(g, device) for n, g in graphs.items()}, repeats=repeats) if first in graphs else {}
         )
         dy = torch.randn_like(op.ways[first].call())
     trained = {n: w for n, w in op.ways.items() if w.leaves}
-    both = rounds({n: _waiting(_both(w, dy), device) for n, w in trained.items()}, repeats=repeats, warmup=2)
+    both = rounds({n: _waiting(_asked(w, _both(w, dy)), device) for n, w in trained.items()}, repeats=repeats, warmup=2)
     rows = []
     for name in names:
         row: dict[str, Any] = {"way": name}
@@ -69,6 +78,22 @@ def timed(op: Operation, device: torch.device, *, repeats: int) -> dict[str, Any
 def _both(way: Way, dy: Tensor) -> Callable[[], None]:
     def run() -> None:
         torch.autograd.grad(way.call(), way.leaves, dy)
+
+    return run
+
+
+def _asked(way: Way, call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call`, a pass of `way`, with the kernels that it asks for."""
+    if not way.trial:
+        return call
+
+    def run() -> None:
+        before = os.environ.get("MEDGRAFT_KERNELS", "auto")
+        os.environ["MEDGRAFT_KERNELS"] = "on"
+        try:
+            call()
+        finally:
+            os.environ["MEDGRAFT_KERNELS"] = before
 
     return run
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from benchmarks.kernel_timing import Operation, Way, floor, timed
 from medgraft.kernels import bottleneck, dora_gain, dora_linear, lora_linear, mixed_lora_linear
 from medgraft.kernels.bottleneck import bottleneck_reference
 from medgraft.kernels.door import door
+from medgraft.kernels.shrink import LARGEST
 from medgraft.kernels.support_epilogue import support_epilogue
 
 K, N, RANK, SCALE = 768, 2304, 8, 2.0
@@ -35,14 +37,16 @@ def drawn(*shape: int, device: torch.device, dtype: torch.dtype, grad: bool = Fa
     return (torch.randn(*shape, device=device) * size).to(dtype).requires_grad_(grad)
 
 
-def peft_layer(weight: Tensor, bias: Tensor, adapters: int, *, dora: bool = False, cast: bool = True) -> Any:
+def peft_layer(
+    weight: Tensor, bias: Tensor, adapters: int, *, rank: int = RANK, dora: bool = False, cast: bool = True
+) -> Any:
     """peft's LoRA around the frozen layer; `cast`: its default, which keeps the factors in float32."""
     from peft import LoraConfig, get_peft_model
 
     base = nn.Module()
     base.qkv = nn.Linear(K, N, device=weight.device, dtype=weight.dtype)
     base.qkv.weight.data, base.qkv.bias.data = weight, bias
-    config = LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=["qkv"], use_dora=dora)
+    config = LoraConfig(r=rank, lora_alpha=rank * SCALE, target_modules=["qkv"], use_dora=dora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(base, config, adapter_name="0", autocast_adapter_dtype=cast)
@@ -132,15 +136,16 @@ def dora(device: torch.device) -> Iterator[Operation]:
 
 
 def mixed(device: torch.device) -> Iterator[Operation]:
-    """Several adapters in one batch."""
+    """Several adapters in one batch; more than the slots hold only on a GPU, where the product that is on trial runs beside the default."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    for images, adapters in ((8, 4), (8, 8)) if device.type == "cpu" else ((8, 4), (64, 8)):
+    few, many = [(8, 4, RANK), (8, 8, RANK)], [(8, 4, RANK), (64, 8, RANK), (64, 16, 16), (64, 32, 16)]
+    for images, adapters, rank in few if device.type == "cpu" else many:
         x = drawn(images, 197, K, device=device, dtype=dtype, grad=True)
         weight, bias = frozen(device, dtype)
-        slots = [(*factors(device), SCALE) for _ in range(adapters)]
+        slots = [(*factors(device, rank), SCALE) for _ in range(adapters)]
         ids = torch.arange(images, device=device) % adapters
         names = [str(i) for i in ids.tolist()]
-        peft = peft_layer(weight, bias, adapters)
+        peft = peft_layer(weight, bias, adapters, rank=rank)
         a, b = (torch.stack([s[i].detach() for s in slots]).to(dtype) for i in (0, 1))
 
         def pair(
@@ -150,20 +155,22 @@ def mixed(device: torch.device) -> Iterator[Operation]:
             y, u = functional.linear(x, w, c), torch.bmm(x, a[ids].transpose(1, 2))
             return y.baddbmm_(u, b[ids].transpose(1, 2), alpha=SCALE)
 
+        here = Way(
+            lambda x=x, w=weight, c=bias, s=slots, i=ids: mixed_lora_linear(x, w, c, s, i),
+            [x, *(t for s in slots for t in s[:2])],
+        )
         ways = {
             "frozen linear": Way(lambda x=x, w=weight, c=bias: functional.linear(x, w, c), [x]),
-            "here": Way(
-                lambda x=x, w=weight, c=bias, s=slots, i=ids: mixed_lora_linear(x, w, c, s, i),
-                [x, *(t for s in slots for t in s[:2])],
-            ),
+            "here": here,
+            **({"here, MEDGRAFT_KERNELS=on": replace(here, trial=True)} if adapters * rank > LARGEST else {}),
             "shrink, expand": Way(pair),
             "peft": Way(partial(peft, x, adapter_names=names)),
         }
         yield Operation(
-            f"{adapters} LoRA adapters r = {RANK}, {images} x 197 x {K} -> {N}, {_name(dtype)}",
+            f"{adapters} LoRA adapters r = {rank}, {images} x 197 x {K} -> {N}, {_name(dtype)}",
             ways,
             target="forward <= 1.10 of the frozen linear (4 adapters)",
-            floor=floor(2 * images * 197 * (K + adapters * RANK) * N, 2 * images * 197 * (2 * K + N)),
+            floor=floor(2 * images * 197 * (K + rank) * N, 2 * images * 197 * (2 * K + N)),
         )
 
 
