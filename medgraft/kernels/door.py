@@ -5,7 +5,8 @@ variable MEDGRAFT_KERNELS is read at each call:
 
 off    plain torch everywhere
 auto   kernels on the NVIDIA architectures that they were compiled and checked for, where the operation fits (the default)
-on     also on other NVIDIA architectures, also those on trial, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1), for tests
+on     kernels on trial as well, also on other NVIDIA architectures, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1),
+       for tests
 
 A kernel is on trial where it competes with products of the library and no committed table shows yet that it wins.
 """

@@ -96,7 +96,7 @@ def linear_expand_kernel(
 def linear_expand(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, e: Tensor, own: Tensor) -> Tensor:
     """(M, K) -> (M, N), see the top of the file; all of one dtype but own, int64, whose entries R name no row.
 
-    Where E_i has an entry that is not finite, so has every row of image i; other images are as they were.
+    An entry of E_i that is not finite leaves no row of image i finite; the other images stay as they are.
     """
     (m, k), n, rank = x.shape, len(weight), own.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
