@@ -156,6 +156,10 @@ class Backbone(nn.Module):
             raise BadCall(f"{spec.id} wants a tensor {want}, got a {type(x).__name__}")
         if x.ndim != 2 + spec.dims or not x.is_floating_point():
             raise BadCall(f"{spec.id} wants a floating-point batch {want}, got {tuple(x.shape)} {x.dtype}")
+        if x.shape[0] == 0:
+            raise BadCall(
+                f"{spec.id} was given an empty batch, {tuple(x.shape)}; leave the call out where there is nothing to ask"
+            )
         if x.shape[1] == 1 and spec.channels == 3:
             x = x.expand(-1, 3, *x.shape[2:])
         space = tuple(x.shape[2:])

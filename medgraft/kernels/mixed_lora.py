@@ -85,11 +85,12 @@ def by_runs(x: Tensor) -> bool:
 
 
 def _rows_an_image(x: Tensor, ids: Tensor) -> int:
-    if x.shape[0] % ids.shape[0]:
+    rows, images = x.shape[0], ids.shape[0]
+    if images == 0 or rows % images:
         raise BadCall(
-            f"{x.shape[0]} rows at this layer are no multiple of the {ids.shape[0]} images; adapters cannot be told apart there"
+            f"{rows} rows at this layer are no multiple of the {images} images; adapters cannot be told apart there"
         )
-    return x.shape[0] // ids.shape[0]
+    return rows // images
 
 
 def _runs(ids: Tensor, ranks: Sequence[int], rows: int) -> Iterator[tuple[slice, slice]]:

@@ -660,6 +660,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Host, Tensor], object], type[MedgraftError]
     "no names for every row": (lambda h, x: h(x, adapters=[]), BadCall, ("empty", "at least one")),
     "both arguments": (lambda h, x: h(x, adapter="lora", adapters=["lora"]), BadCall, ("not both",)),
     "an image without a batch": (lambda h, x: h(x[0], adapter="lora"), BadCall, ("(3, 64, 64)", "(B, 3, H, W)")),
+    "no images": (lambda h, x: h(x[:0], adapter="lora"), BadCall, ("empty batch", "(0, 3, 64, 64)")),
     "two channels": (lambda h, x: h(x[:, :2], adapter="lora"), BadCall, ("(2, 2, 64, 64)", "(B, 3, H, W)")),
     "a side that does not fit": (
         lambda h, x: h(x[..., :61], adapter="lora"),

@@ -286,6 +286,7 @@ def test_opcheck(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_graph(device: Device) -> None:
     """A swap is another `ids`, not another graph."""
     x, weight, bias, factors = draw((4, 5, 13), device=device.torch)
+    torch._dynamo.reset()  # graphs of other tests would count as compiled before
     compiled = torch.compile(mixed_lora_linear, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for slots in ([0, 1, 2, -1], [3, -1, 0, 0]):
