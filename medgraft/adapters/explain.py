@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .graft import Acts, Graft
 from .host import Host
 from .peft import why_not_exportable
+from .store import stored_as
 from .volume_task import VolumePreprocessing
 
 
@@ -72,7 +73,7 @@ def explain(adapter: Adapter, backbone: Backbone) -> Facts:
         )
         for name, p in adapter.named_parts()
     )
-    entries = sum(t.numel() for t in adapter.tensors().values())
+    tensors = adapter.tensors().items()
     try:
         not_for_peft = why_not_exportable(adapter)
     except MedgraftError as reason:
@@ -83,7 +84,10 @@ def explain(adapter: Adapter, backbone: Backbone) -> Facts:
         size=size,
         parts=parts,
         trainable=adapter.trainable,
-        bytes={"float16": 2 * entries, "float32": 4 * entries},
+        bytes={
+            dtype: sum(t.numel() * stored_as(name, t, dtype).itemsize for name, t in tensors)
+            for dtype in ("float16", "float32")
+        },
         activations=kept_for_backward(adapter, backbone),
         first_stage=graft.first,
         depth=backbone.depth,

@@ -3,7 +3,8 @@
     adapter.json          parts and their configuration, task, preprocessing, backbone, provenance, probe, hashes
     adapter.safetensors   tensors named <part>.<site>.<tensor>
 
-Saving casts to the storage dtype first; hashes, probe and whatever is measured afterwards are of the saved bits.
+Saving casts to the storage dtype first, all but the statistics of batch norms; hashes, probe and whatever is measured afterwards are of
+the saved bits.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ FILES = REQUIRED | OPTIONAL
 """Every file that the format names, and the most bytes that are read of it."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+STATISTICS = ("running_mean", "running_var")
+"""Ends of the names of what a batch norm has measured: these are float32 in every file, for a variance may be beyond float16."""
 PROBE_SIDE = 32  # of a cube, at most, where the backbone takes one so small
 PROBE_TOLERANCE = {"float32": 1e-3}  # machines sum in other orders, through a whole network
 
@@ -61,7 +64,7 @@ def rounded(adapter: Adapter, dtype: str) -> Adapter:
     with torch.no_grad():
         for name, t in twin.tensors().items():
             if t.is_floating_point():
-                stored = t.to(DTYPES[dtype])
+                stored = t.to(stored_as(name, t, dtype))
                 if not torch.isfinite(stored).all():
                     kind = "NaN or infinite values" if not torch.isfinite(t).all() else f"values beyond {dtype}"
                     raise BadCall(f"tensor {name} holds {kind} and is not saved; train again, or store as float32")
@@ -92,7 +95,10 @@ def save_adapter(
     if backbone is not None:
         check_backbone(adapter, backbone, False)
     stored = rounded(adapter, dtype)
-    tensors = {name: _for_file(t, dtype) for name, t in stored.tensors().items()}
+    tensors = {
+        name: t.detach().to("cpu", stored_as(name, t, dtype)).contiguous().clone()
+        for name, t in stored.tensors().items()
+    }
     blob = save_safetensors(tensors, metadata={"format": f"medgraft {FORMAT}"})
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -155,9 +161,11 @@ def record_evaluation(directory: str | Path, entry: Mapping[str, Any]) -> None:
             (new / name).write_bytes(data)
 
 
-def _for_file(t: Tensor, dtype: str) -> Tensor:
-    t = t.detach().to("cpu")
-    return (t.to(DTYPES[dtype]) if t.is_floating_point() else t).contiguous().clone()
+def stored_as(name: str, t: Tensor, dtype: str) -> torch.dtype:
+    """The type of tensor `name` in a file of `dtype`."""
+    if not t.is_floating_point():
+        return t.dtype
+    return torch.float32 if name.endswith(STATISTICS) else DTYPES[dtype]
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
@@ -276,7 +284,7 @@ def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: str
         )
     for name, t in wanted.items():
         other = found[name]
-        stored = DTYPES[dtype] if t.is_floating_point() else t.dtype
+        stored = stored_as(name, t, dtype)
         if other.shape != t.shape or other.dtype != stored:
             raise BadAdapter(
                 f"tensor {name} is {tuple(other.shape)} {other.dtype}, {tuple(t.shape)} {stored} is described"

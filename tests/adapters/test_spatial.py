@@ -121,6 +121,20 @@ def test_statistics_are_learnt_in_training_used_in_evaluation_and_travel(meshnet
 # On backbones
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_variance_beyond_half_precision_is_saved(meshnet: Backbone, tmp_path: Path, dtype: str) -> None:
+    made = adapter(meshnet, {"spatial": SpatialAdapter.on(meshnet, ONE, form="paper")}, awake=False)
+    tensors = made.tensors()
+    measured = [name for name in tensors if name.endswith(("running_mean", "running_var"))]
+    for name in measured:
+        tensors[name].fill_(123_456.7)
+    save_adapter(made, tmp_path / "it", dtype=dtype, backbone=meshnet)
+    again = read_adapter(tmp_path / "it").tensors()
+    assert measured
+    for name in measured:
+        assert torch.equal(again[name], tensors[name])
+
+
 def test_it_begins_behind_the_last_stage(meshnet: Backbone, swin_unetr: Backbone) -> None:
     """So that several adapters share the whole frozen network."""
     for on in (meshnet, swin_unetr):
