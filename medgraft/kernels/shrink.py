@@ -26,6 +26,18 @@ CONFIGS = {  # by architecture; chosen by compiling, not by measuring
 
 
 @jit
+def store_columns(u, ids_ptr, owner_ptr, out_ptr, scale, m, r, M, T, K, R, OUT_ROW, MIXED: tl.constexpr):
+    """What stands right of column K in rows m: u (BM, BR) times the scale, or where it is the row's own, and zeros up to the end."""
+    if MIXED:
+        owner = tl.load(owner_ptr + r, mask=r < R, other=-2)
+        image = tl.load(ids_ptr + m // T, mask=m < M, other=-1)
+        u = tl.where(image[:, None] == owner[None], u, 0.0)
+    else:
+        u *= scale
+    tl.store(out_ptr + m[:, None] * OUT_ROW + K + r[None], u, mask=(m[:, None] < M) & (K + r[None] < OUT_ROW))
+
+
+@jit
 def shrink_kernel(
     x_ptr,
     a_ptr,
@@ -56,13 +68,7 @@ def shrink_kernel(
         a = tl.load(a_ptr + r[None] * K + start + k[:, None], mask=(r[None] < R) & (start + k[:, None] < K), other=0.0)
         u = tl.dot(x, a, u, input_precision="ieee", out_dtype=ACC)
         tl.store(out_ptr + m[:, None] * OUT_ROW + start + k[None], x, mask=inside)
-    if MIXED:
-        owner = tl.load(owner_ptr + r, mask=r < R, other=-2)
-        image = tl.load(ids_ptr + m // T, mask=m < M, other=-1)
-        u = tl.where(image[:, None] == owner[None], u, 0.0)
-    else:
-        u *= scale
-    tl.store(out_ptr + m[:, None] * OUT_ROW + K + r[None], u, mask=(m[:, None] < M) & (K + r[None] < OUT_ROW))
+    store_columns(u, ids_ptr, owner_ptr, out_ptr, scale, m, r, M, T, K, R, OUT_ROW, MIXED)
 
 
 def shrink(
@@ -75,7 +81,7 @@ def shrink(
     """
     m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = x.new_empty(m, k + _slot(len(a)))
+    out = x.new_empty(m, k + slot(len(a)))
     if m == 0:
         return out
     config = CONFIGS[architecture(x)]
@@ -109,8 +115,9 @@ def half_only(x: Tensor) -> str | None:
 
 def beside(weight: Tensor, b: Tensor) -> Tensor:
     """[W | B | 0] for W (N, K) and B (N, R), as wide as what `shrink` writes."""
-    return torch.cat([weight, functional.pad(b, (0, _slot(b.shape[1]) - b.shape[1]))], 1)
+    return torch.cat([weight, functional.pad(b, (0, slot(b.shape[1]) - b.shape[1]))], 1)
 
 
-def _slot(rank: int) -> int:
+def slot(rank: int) -> int:
+    """Columns that `rank` low-rank ones take."""
     return -(-rank // SLOT) * SLOT

@@ -112,6 +112,25 @@ def linear_expand() -> Cases:
         yield f"{case} backward", partial(linear_expand, dy, weight.t(), None, u, a, own)
 
 
+def norm_shrink() -> Cases:
+    """The same behind a LayerNorm."""
+    import torch
+
+    from medgraft.kernels.norm_shrink import fused
+    from medgraft.kernels.shrink import LARGEST
+
+    ids, owner = torch.zeros(8, dtype=torch.int64), torch.zeros(LARGEST, dtype=torch.int64)
+    for k, rank, dtype, mixed in (
+        (768, 8, torch.bfloat16, False),
+        (1024, 64, torch.float16, False),
+        (768, LARGEST, torch.bfloat16, True),
+    ):
+        x, gamma, a = (torch.empty(*shape, k, dtype=dtype) for shape in ((8 * 197,), (), (rank,)))
+        case = f"{k} to {rank} {str(dtype).removeprefix('torch.')} {'mixed' if mixed else 'one adapter'}"
+        slots = (ids, owner[:rank]) if mixed else (None, None)
+        yield case, partial(fused, x, gamma, gamma, 1e-6, a, 2.0, *slots)
+
+
 def bottleneck() -> Cases:
     """AdaptFormer's on ViT-B, AViT's on ViT-B and the widest."""
     from importlib import import_module
@@ -147,6 +166,7 @@ LAUNCHES: dict[str, Callable[[], Cases]] = {
     "relpos_attention": relpos_attention,
     "shrink": shrink,
     "linear_expand": linear_expand,
+    "norm_shrink": norm_shrink,
     "bottleneck": bottleneck,
     "support_epilogue": support_epilogue,
 }
