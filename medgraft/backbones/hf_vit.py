@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .base import Backbone, Spec
 from .sites import Port, Site
 from .state import Features, State
-from .vit import Entrance, block_sites
+from .vit import FED, Entrance, block_sites
 
 MODEL_TYPES = ("vit", "dinov2")
 
@@ -48,7 +48,7 @@ class HfViT(Backbone):
             names = {leaf: path for leaf, paths in LEAVES.items() for path in paths if path in present}
             prefix = f"blocks.{i}"
             sites.append(Site(f"{prefix}.tokens", "tokens", i, width, width, f"{prefix}.tokens", ""))
-            sites += block_sites(i, prefix, f"{self.layers_path}.{i}", width, layer, names)
+            sites += block_sites(i, prefix, f"{self.layers_path}.{i}", width, layer, names, fed=FED)
         sites.append(Site("norm", "norm", self.depth, width, width, "norm", "layernorm"))
         return sites
 

@@ -24,7 +24,7 @@ from .sam_attention import SamAttention
 from .sam_decoder import SamDecoder
 from .sites import Site
 from .state import Features, State
-from .vit import block_sites
+from .vit import FED, block_sites
 
 LEAVES = {
     "norm1": "layer_norm1",
@@ -77,7 +77,7 @@ class Sam(Backbone):
         sites = []
         for i, layer in enumerate(encoder.layers):
             path = f"vision_encoder.layers.{i}"
-            sites += block_sites(i, f"blocks.{i}", path, width, layer, LEAVES)
+            sites += block_sites(i, f"blocks.{i}", path, width, layer, LEAVES, fed=FED)
         sites.append(Site("embedding", "embedding", self.depth, out, out, "embedding", "vision_encoder.neck"))
         for leaf in ("conv1", "conv2"):
             sites.append(self._module_site(f"neck.{leaf}", f"vision_encoder.neck.{leaf}", "conv"))

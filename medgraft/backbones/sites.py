@@ -37,6 +37,7 @@ class Site:
     span  : the rows (start, stop) of the port's output that belong to this site, or None for all.
     path  : the module's path in the network as its authors named it.
     folded : True where the module sees each image's row as several consecutive rows (windows).
+    norm  : of a linear layer that alone reads a LayerNorm's output, as it is, the norm's site; else empty.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     path: str
     span: tuple[int, int] | None = None
     folded: bool = False
+    norm: str = ""
 
 
 @dataclass(frozen=True)

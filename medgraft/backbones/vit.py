@@ -7,6 +7,7 @@ readout : the final norm; one map (B, C, H / patch, W / patch)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm.models.eva as timm_eva
@@ -40,12 +41,25 @@ BLOCK = {
     "mlp.fc2": "linear",
 }
 """The leaves of a transformer block, in order, and the kinds of site that they are."""
+FED = {"attn.qkv": "norm1", "mlp.fc1": "norm2"}
+"""Of a block that normalises first: the linear layers that alone read a norm's output, and that norm."""
 
 
 def block_sites(
-    i: int, prefix: str, path: str, width: int, block: nn.Module, names: dict[str, str], *, folded: bool = False
+    i: int,
+    prefix: str,
+    path: str,
+    width: int,
+    block: nn.Module,
+    names: Mapping[str, str],
+    *,
+    folded: bool = False,
+    fed: Mapping[str, str] = {},
 ) -> list[Site]:
-    """The sites of one transformer `block`. `names` maps canonical leaves (`attn.qkv`, `mlp.fc1`, ...) to module paths below `path`."""
+    """The sites of one transformer `block`. `names` maps canonical leaves (`attn.qkv`, `mlp.fc1`, ...) to module paths below `path`.
+
+    `fed` maps linear leaves to the norms whose output they alone read.
+    """
     sites = []
     for leaf, kind in BLOCK.items():
         inside = folded and leaf.startswith("attn")
@@ -53,7 +67,9 @@ def block_sites(
         if leaf in names:
             module: Any = block.get_submodule(names[leaf])
             fan_in, fan_out = (module.in_features, module.out_features) if kind == "linear" else (width, width)
-            sites.append(Site(name, kind, i, fan_in, fan_out, name, f"{path}.{names[leaf]}", folded=inside))
+            norm = f"{prefix}.{fed[leaf]}" if fed.get(leaf) in names else ""
+            where = f"{path}.{names[leaf]}"
+            sites.append(Site(name, kind, i, fan_in, fan_out, name, where, folded=inside, norm=norm))
         elif leaf in ("attn.q", "attn.k", "attn.v") and "attn.qkv" in names:
             fused: Any = block.get_submodule(names["attn.qkv"])
             third = fused.out_features // 3
@@ -97,7 +113,7 @@ class ViT(Backbone):
             names = {leaf: leaf for leaf in leaves if leaf in present}
             if {"attn.q_proj", "attn.k_proj", "attn.v_proj"} <= present:
                 names |= {"attn.q": "attn.q_proj", "attn.k": "attn.k_proj", "attn.v": "attn.v_proj"}
-            sites += block_sites(i, prefix, f"blocks.{i}", width, block, names)
+            sites += block_sites(i, prefix, f"blocks.{i}", width, block, names, fed=FED)
         sites.append(Site("norm", "norm", self.depth, width, width, "norm", "norm"))
         return sites
 

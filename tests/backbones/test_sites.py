@@ -52,6 +52,25 @@ def test_q_k_and_v_share_out_the_fused_projection(on: Backbone) -> None:
         assert {on.sites[name[:-3] + leaf].port for leaf in "qkv"} == {name}
 
 
+def test_a_layer_that_a_norm_feeds_is_given_that_norms_very_output(on: Backbone) -> None:
+    fed = {s.name: s.norm for s in on.sites.values() if s.norm}
+    leaves = {"vit": {"attn.qkv": "norm1", "mlp.fc1": "norm2"}, "hf_vit": {"mlp.fc1": "norm2"}, "swin": {}}[on.family]
+    assert fed == {f"blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(on.depth) for a, b in leaves.items()}
+    given: dict[str, Tensor] = {}
+    same: list[bool] = []
+
+    def norm(name: str):
+        return lambda inner, x: given.setdefault(name, inner(x))
+
+    def linear(name: str):
+        return lambda inner, x: (same.append(x is given[fed[name]]), inner(x))[1]
+
+    plan = {**{name: norm(name) for name in fed.values()}, **{name: linear(name) for name in fed}}
+    with torch.no_grad(), following(Plan(on.owner, plan)):
+        on(images(on, 1))
+    assert same == [True] * len(fed)
+
+
 def test_a_forward_calls_every_site_and_each_in_its_stage(on: Backbone) -> None:
     called: list[tuple[str, int]] = []
     stage = -1
