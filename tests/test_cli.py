@@ -94,6 +94,14 @@ def test_info_verify_list_explain(adapter: Path) -> None:
         ("explain", "lora", "--backbone", TINY, "--image-size", 64): "24: ",
         ("explain", adapter, "--sites"): "blocks.3.attn.qkv",
         ("explain", "bottleneck", "--backbone", TINY, "--image-size", 64): "not fused: the tensors are on cpu",
+        (
+            "explain",
+            "surgical_sam",
+            "--backbone",
+            "random:sam-tiny",
+            "--image-size",
+            64,
+        ): "attention in 3 blocks: not fused",
         ("explain", "full_finetune", "--backbone", TINY, "--image-size", 64): "readout",
     }.items():
         code, said = call(*words)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
+from ..backbones.sam_attention import SamAttention
 from ..backbones.sites import Operation, Plan, following
 from ..errors import MedgraftError
+from ..kernels.door import Path
 from .adapter import Adapter
 from .graft import Acts, Graft
 from .host import Host
+from .norm_lora import joined
 from .peft import why_not_exportable
 from .store import stored_as
 from .volume_task import VolumePreprocessing
@@ -50,6 +53,8 @@ class Facts:
     not_for_peft: str | None
     paths: dict[str, dict[str, int]]
     """By part: which way its operations go on one image, each with its number of ports."""
+    attention: dict[str, int]
+    """Which way the backbone's own attention goes, each with its number of blocks; empty where it has no kernel of its own."""
 
 
 def explain(adapter: Adapter, backbone: Backbone) -> Facts:
@@ -79,6 +84,7 @@ def explain(adapter: Adapter, backbone: Backbone) -> Facts:
     except MedgraftError as reason:
         not_for_peft = str(reason)
     site_parts = [f for f in parts if f.sites]
+    paths, attention = paths_taken(graft, backbone)
     return Facts(
         backbone=backbone.spec.title,
         size=size,
@@ -94,33 +100,50 @@ def explain(adapter: Adapter, backbone: Backbone) -> Facts:
         mixable=graft.mixable,
         foldable=all(f.foldable for f in site_parts),
         not_for_peft=not_for_peft,
-        paths=paths_taken(graft, backbone),
+        paths=paths,
+        attention=attention,
     )
 
 
 @torch.no_grad()
-def paths_taken(graft: Graft, backbone: Backbone) -> dict[str, dict[str, int]]:
-    """See `Facts.paths`: every part is asked at every port in one forward pass."""
+def paths_taken(graft: Graft, backbone: Backbone) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """See `Facts.paths` and `Facts.attention`: every part and every block is asked at its port in one forward pass."""
     names = {id(part): name for name, part in graft.adapter.named_parts()}
     found: dict[str, dict[str, int]] = {}
+    attention: dict[str, int] = {}
 
     def asking(acts: Acts, operation: Operation) -> Operation:
         def asked(inner: Any, *inputs: Any, **options: Any) -> Any:
+            if isinstance(inner, SamAttention):
+                _count(attention, inner.path(*inputs))
             for i, (part, sites) in enumerate(acts):
-                path = part.path(
-                    sites, operation if i else inner, *inputs
-                )  # only the first stands on the frozen module
+                # Only the first stands on the frozen module; one that runs with the norm in front of it is alone.
+                path = _with_norm(operation, inputs) or part.path(sites, operation if i else inner, *inputs)
                 if path is not None:
-                    ways = found.setdefault(names[id(part)], {})
-                    ways[str(path)] = ways.get(str(path), 0) + 1
+                    _count(found.setdefault(names[id(part)], {}), path)
             return operation(inner, *inputs, **options)
 
         return asked
 
-    operations = {port: asking(graft.ports[port], run) for port, run in graft.plan.operations.items()}
+    branches = {site.port: _plain for site in backbone.sites.values() if site.kind == "branch"}
+    planned = {**branches, **graft.plan.operations}
+    operations = {port: asking(graft.ports.get(port, []), run) for port, run in planned.items()}
     with following(Plan(backbone.owner, operations)):
         backbone(_blank(graft.adapter, backbone))
-    return found
+    return found, attention
+
+
+def _plain(inner: Any, *inputs: Any, **options: Any) -> Any:
+    return inner(*inputs, **options)
+
+
+def _with_norm(operation: Operation, inputs: tuple[Any, ...]) -> Path | None:
+    carried = joined(inputs[0]) if inputs else None
+    return carried.path if carried is not None and operation == carried.maker.at_linear else None
+
+
+def _count(ways: dict[str, int], path: Path) -> None:
+    ways[str(path)] = ways.get(str(path), 0) + 1
 
 
 def _blank(adapter: Adapter, backbone: Backbone) -> Tensor:

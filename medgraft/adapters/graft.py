@@ -19,6 +19,7 @@ from ..backbones.weights import Weights
 from ..errors import BadCall, WrongBackbone, unknown
 from .adapter import Adapter
 from .lora import LoRA
+from .norm_lora import with_norm
 from .part import Part, refuse_uncalled
 
 Acts = list[tuple[Part, tuple[Site, ...]]]
@@ -56,7 +57,13 @@ class Graft:
                         "before it; put it first"
                     )
                 acts.append((part, tuple(own)))
-        operations = {port: chain(acts) for port, acts in ports.items()}
+        operations: dict[str, Operation] = {}
+        for port, acts in ports.items():
+            part, own_sites = acts[0]
+            if len(acts) == 1 and isinstance(part, LoRA):
+                operations |= with_norm(backbone, port, [(part, own_sites)], chain(acts), ports)
+            else:
+                operations[port] = chain(acts)
         return Graft(adapter, ports, first_stage(touched, none=backbone.depth), Plan(backbone.owner, operations))
 
     @property
@@ -121,7 +128,8 @@ def mixed_plan(
                 assert isinstance(part, LoRA)
                 ids[rows == k] = len(slots)
                 slots.append((part, sites))
-        operations[port] = partial(LoRA.mix, slots, ids.to(device))
+        own = ids.to(device)
+        operations |= with_norm(backbone, port, slots, partial(LoRA.mix, slots, own), operations, own)
     return Plan(backbone.owner, operations)
 
 

@@ -60,6 +60,10 @@ def explain(
     for name, ways in facts.paths.items():
         for path, ports in ways.items():
             console.print(f"{name} at {ports} {'place' if ports == 1 else 'places'}: {path}", highlight=False)
+    for path, blocks in facts.attention.items():
+        console.print(
+            f"the backbone's attention in {blocks} {'block' if blocks == 1 else 'blocks'}: {path}", highlight=False
+        )
     if sites:
         called = frozen.called
         for site in frozen.sites.values():

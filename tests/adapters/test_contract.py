@@ -11,6 +11,7 @@ from medgraft.adapters import PARTS, Adapter, Host, Readout, find_part
 from medgraft.adapters.store import read_adapter, rounded, save_adapter
 from medgraft.backbones import Backbone
 from medgraft.errors import BadCall
+from medgraft.kernels.door import mode
 from tests.helpers import CASES, TOLERANCE, Case, adapter, close, features_under, images, same_bits, says
 
 ON = [
@@ -63,7 +64,11 @@ class TestEveryPart:
             assert same_bits(features_under(on, made, x), plain), "a readout changed the features before it"
         elif it.silent:
             assert not it.why_not_silent
-            assert same_bits(features_under(on, made, x), plain)
+            got = features_under(on, made, x)
+            if mode() == "on":  # a kernel's LayerNorm rounds in another order than the library's
+                close("features", got, plain, 1e-6)
+            else:
+                assert same_bits(got, plain)
         else:
             assert it.why_not_silent
             assert not same_bits(features_under(on, made, x), plain), "it claims not to be silent and is"
