@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medgraft.kernels import bottleneck, dora_linear, lora_linear, mixed_lora_linear
+from medgraft.kernels import bottleneck, dora_linear, joined_linear, lora_linear, mixed_lora_linear, norm_shrink
 from medgraft.kernels.bottleneck import bottleneck_reference
 from medgraft.kernels.dora_linear import dora_linear_reference
 from medgraft.kernels.lora_linear import lora_linear_reference
 from medgraft.kernels.mixed_lora import mixed_lora_linear_reference
+from medgraft.kernels.norm_shrink import norm_lora_reference
 from medgraft.kernels.support_epilogue import SLOPE, support_epilogue
 
 Case = tuple[str, Callable[..., list[Tensor]], Callable[..., list[Tensor]], list[Tensor], list[Tensor]]
@@ -44,6 +45,12 @@ def cases(device: torch.device) -> Iterator[Case]:
     def several(f: Any, n: int = 4) -> Callable[..., list[Tensor]]:
         return lambda x, a, b, w, c: [f(x, w, c, [(a[i::n], b[:, i::n], 2.0) for i in range(n)], ids % n)]
 
+    def together(x: Tensor, a: Tensor, b: Tensor, w: Tensor, c: Tensor, *norm: Tensor) -> list[Tensor]:
+        return [joined_linear(*norm_shrink(x, *norm, 1e-6, [(a, b, 2.0)]), w, c)]
+
+    def apart(x: Tensor, a: Tensor, b: Tensor, w: Tensor, c: Tensor, *norm: Tensor) -> list[Tensor]:
+        return [norm_lora_reference(x, *norm, 1e-6, w, c, a, b, 2.0)]
+
     def neck(f: Any) -> Callable[..., list[Tensor]]:
         return lambda x, *layers: [f(x, x, *layers)]
 
@@ -57,6 +64,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
     x3 = x.view(images, 197, k)
     yield "lora_linear", low(lora_linear), low(lora_linear_reference), [x, a, b], [w, c]
+    yield "norm_shrink, joined_linear", together, apart, [x, a, b], [w, c, 1 + one(k, size=0.1), one(k)]
     yield "dora_linear", rescaled(dora_linear), rescaled(dora_linear_reference), [x, a, b, gain], [w, c]
     yield "mixed_lora_linear", several(mixed_lora_linear), several(mixed_lora_linear_reference), [x3, a, b], [w, c]
     many = [x3, one(160, k, size=k**-0.5), one(n, 160)]

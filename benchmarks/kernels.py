@@ -22,13 +22,21 @@ from torch.nn import functional
 from benchmarks.common import RESULTS, facts, footer, table, write
 from benchmarks.kernel_errors import errors
 from benchmarks.kernel_timing import Operation, Way, floor, timed
-from medgraft.kernels import bottleneck, dora_gain, dora_linear, lora_linear, mixed_lora_linear
+from medgraft.kernels import (
+    bottleneck,
+    dora_gain,
+    dora_linear,
+    joined_linear,
+    lora_linear,
+    mixed_lora_linear,
+    norm_shrink,
+)
 from medgraft.kernels.bottleneck import bottleneck_reference
 from medgraft.kernels.door import door
 from medgraft.kernels.shrink import LARGEST
 from medgraft.kernels.support_epilogue import support_epilogue
 
-K, N, RANK, SCALE = 768, 2304, 8, 2.0
+K, N, RANK, SCALE, EPS = 768, 2304, 8, 2.0, 1e-6
 CELLS = RESULTS / ".kernels"
 
 
@@ -107,6 +115,36 @@ def lora(device: torch.device) -> Iterator[Operation]:
             target="forward <= 1.05, both <= 1.12 of the frozen linear (float32, 8 images)",
             floor=floor(2 * images * 197 * (K + 16) * N, 2 * images * 197 * (2 * K + N)),
         )
+        if device.type == "cuda":  # on a CPU the norm runs by itself
+            yield behind_a_norm(device, images, dtype)
+
+
+def behind_a_norm(device: torch.device, images: int, dtype: torch.dtype) -> Operation:
+    """ViT-B's norm1 and qkv under one adapter."""
+    x = drawn(images, 197, K, device=device, dtype=dtype, grad=True)
+    gamma, beta = (drawn(K, device=device, dtype=dtype) for _ in range(2))
+    (weight, bias), (a, b) = frozen(device, dtype), factors(device)
+    peft = peft_layer(weight, bias, 1)
+
+    def norm() -> Tensor:
+        return functional.layer_norm(x, (K,), gamma, beta, EPS)
+
+    def here() -> Tensor:
+        return joined_linear(*norm_shrink(x, gamma, beta, EPS, [(a, b, SCALE)]), weight, bias)
+
+    ways = {
+        "LayerNorm, frozen linear": Way(lambda: functional.linear(norm(), weight, bias), [x]),
+        "here": Way(here, [x, a, b]),
+        "LayerNorm, LoRA here": Way(lambda: lora_linear(norm(), weight, bias, a, b, SCALE), [x, a, b]),
+        "LayerNorm, peft": Way(lambda: peft(norm()), [x, *(p for p in peft.parameters() if p.requires_grad)]),
+    }
+    rows = images * 197
+    return Operation(
+        f"LayerNorm and LoRA r = {RANK}, {images} x 197 x {K} -> {N}, {_name(dtype)}",
+        with_compiled(ways, "LayerNorm, peft", device),
+        target="forward <= 1.08, both <= 1.25 of the LayerNorm and the frozen linear",
+        floor=floor(2 * rows * (K + 16) * N, 2 * rows * (3 * K + N)),
+    )
 
 
 def dora(device: torch.device) -> Iterator[Operation]:
