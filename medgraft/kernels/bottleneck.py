@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .door import Path, architecture, door, jit, tl, triton
+from .door import Path, architecture, door, jit, launch, tl, triton
 from .lora_linear import flat
 from .shrink import half_only
 
@@ -191,7 +191,9 @@ def _run(
     out, middle = torch.empty_like(x), x.new_empty(m, r)
     config = _config(x, r)
     if m:
-        thin_pair_kernel[(triton.cdiv(m, config["BM"]),)](
+        launch(
+            thin_pair_kernel,
+            (triton.cdiv(m, config["BM"]),),
             x,
             first,
             x if first_bias is None else first_bias,

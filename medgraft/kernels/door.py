@@ -103,6 +103,12 @@ def _chip(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *tensors_and_sizes: Any, **options: Any) -> None:
+    """Run `kernel` on the device of its first tensor, which need not be the current one."""
+    with torch.cuda.device_of(tensors_and_sizes[0]):
+        kernel[grid](*tensors_and_sizes, **options)
+
+
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`; the function itself where Triton is not installed, for `door` never opens there."""
     return kernel if triton is None else triton.jit(kernel)

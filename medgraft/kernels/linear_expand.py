@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .door import Path, architecture, door, jit, tl, triton
+from .door import Path, architecture, door, jit, launch, tl, triton
 from .shrink import half_only
 
 LARGEST = 64
@@ -104,7 +104,9 @@ def linear_expand(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, e: 
     if m == 0:
         return out
     config = CONFIGS[architecture(x)]
-    linear_expand_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),)](
+    launch(
+        linear_expand_kernel,
+        (triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),),
         x,
         weight,
         x if bias is None else bias.contiguous(),

@@ -25,6 +25,8 @@ from .door import Path, door
 from .shrink import LARGEST, beside, half_only, shrink
 
 WIDE = (torch.float32, torch.float64)
+SLICE = 768
+"""Rows of W that are merged at a time."""
 
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -109,8 +111,22 @@ def grad_b(dy: Tensor, x: Tensor, a: Tensor) -> Tensor:
 def changed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """y (M, N), merged or added."""
     if merging_pays(len(x), weight):
-        return functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        return _merged(x, weight, bias, a, b, scale)
     return functional.linear(x, weight, bias).addmm_(shrunk(x, a), b.t(), alpha=scale)
+
+
+def _merged(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y (M, N) by slices of W + s B A, each multiplied while it is in the cache: no second W is ever whole."""
+    y = x.new_empty(len(x), len(weight))
+    merged = torch.empty_like(weight[:SLICE])
+    for start in range(0, len(weight), SLICE):
+        rows = slice(start, start + SLICE)
+        part = torch.addmm(weight[rows], b[rows], a, alpha=scale, out=merged[: len(weight[rows])])
+        if bias is None:
+            torch.mm(x, part.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, part.t(), out=y[:, rows])
+    return y
 
 
 def given(like: Tensor, dx: Tensor | None, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .door import Path, architecture, door, jit, tl, triton
+from .door import Path, architecture, door, jit, launch, tl, triton
 from .lora_linear import flat, given, lora_linear_reference, thawed
 from .mixed_lora import Factors, _owner, _rows_an_image
 from .shrink import LARGEST, beside, half_only, slot, store_columns
@@ -182,30 +182,31 @@ def fused(
     if m == 0:
         return out, mean, rstd
     config = CONFIGS[architecture(x)]
-    with torch.cuda.device_of(x):
-        norm_shrink_kernel[(triton.cdiv(m, config["BM"]),)](
-            x,
-            gamma.contiguous(),
-            beta.contiguous(),
-            a.contiguous(),
-            x if ids is None else ids,
-            x if owner is None else owner,
-            out,
-            mean,
-            rstd,
-            eps,
-            scale,
-            m,
-            1 if ids is None else m // len(ids),
-            k,
-            len(a),
-            x.stride(0),
-            out.stride(0),
-            MIXED=ids is not None,
-            ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
-            BR=max(16, triton.next_power_of_2(len(a))),
-            **config,
-        )
+    launch(
+        norm_shrink_kernel,
+        (triton.cdiv(m, config["BM"]),),
+        x,
+        gamma.contiguous(),
+        beta.contiguous(),
+        a.contiguous(),
+        x if ids is None else ids,
+        x if owner is None else owner,
+        out,
+        mean,
+        rstd,
+        eps,
+        scale,
+        m,
+        1 if ids is None else m // len(ids),
+        k,
+        len(a),
+        x.stride(0),
+        out.stride(0),
+        MIXED=ids is not None,
+        ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        BR=max(16, triton.next_power_of_2(len(a))),
+        **config,
+    )
     return out, mean, rstd
 
 

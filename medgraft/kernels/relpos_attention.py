@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadCall
-from .door import INTERPRETED, Path, architecture, door, tl, triton
+from .door import INTERPRETED, Path, architecture, door, launch, tl, triton
 from .relpos_plain import Frame, direct, empty_like_heads, empty_outputs, plain_backward, plain_forward
 from .relpos_tiles import backward_keys_kernel, backward_queries_kernel, forward_kernel
 
@@ -186,14 +186,15 @@ def _fused_forward(
     q, k, v = (_unit_stride(t) for t in (q, k, v))
     tile = FORWARD[architecture(q), q.shape[-1] > 64]
     given = q if outside is None else outside.contiguous()
-    with torch.cuda.device_of(q):
-        forward_kernel[_programs(q, frame, tile["BM"])](
-            *(q, k, v, rh, rw, given, out, lse),
-            *_sizes(q, frame),
-            *_strides(q, k, v, out),
-            **_constants(q, lse, frame),
-            **tile,
-        )
+    launch(
+        forward_kernel,
+        _programs(q, frame, tile["BM"]),
+        *(q, k, v, rh, rw, given, out, lse),
+        *_sizes(q, frame),
+        *_strides(q, k, v, out),
+        **_constants(q, lse, frame),
+        **tile,
+    )
     return out, lse
 
 
@@ -220,13 +221,10 @@ def _fused_backward(
     shared = (*_sizes(q, frame), *_strides(q, k, v, g, out))
     constants, key = _constants(q, lse, frame), (architecture(q), d > 64)
     queries, keys = QUERIES[key], (KEYS if w > 16 else KEYS_IN_SHORT_ROWS)[key]
-    with torch.cuda.device_of(q):
-        backward_queries_kernel[_programs(q, frame, queries["BM"])](
-            *(q, k, v, rh, rw, given, out, g, lse, delta, dq, drh, drw), *shared, **constants, **queries
-        )
-        backward_keys_kernel[(h, b * heads, down * across)](
-            *(q, k, v, rh, rw, given, g, lse, delta, dk, dv, partial), *shared, **constants, **keys
-        )
+    of_queries = (q, k, v, rh, rw, given, out, g, lse, delta, dq, drh, drw, *shared)
+    launch(backward_queries_kernel, _programs(q, frame, queries["BM"]), *of_queries, **constants, **queries)
+    of_keys = (q, k, v, rh, rw, given, g, lse, delta, dk, dv, partial, *shared)
+    launch(backward_keys_kernel, (h, b * heads, down * across), *of_keys, **constants, **keys)
     return dq, dk, dv, drh, drw, None if outside is None else partial.sum((2, 3)).to(outside.dtype)
 
 

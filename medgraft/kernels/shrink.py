@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .door import architecture, jit, tl, triton
+from .door import architecture, jit, launch, tl, triton
 
 SLOT = 16
 """The low-rank columns are filled up with zeros to a multiple of this: rows of half precision stay aligned to 32 bytes."""
@@ -85,7 +85,9 @@ def shrink(
     if m == 0:
         return out
     config = CONFIGS[architecture(x)]
-    shrink_kernel[(triton.cdiv(m, config["BM"]),)](
+    launch(
+        shrink_kernel,
+        (triton.cdiv(m, config["BM"]),),
         x,
         a.contiguous(),
         x if ids is None else ids,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .door import Path, door, jit, tl, triton
+from .door import Path, door, jit, launch, tl, triton
 
 SLOPE = 0.01
 CONFIG = {"BLOCK": 256, "num_warps": 4, "num_stages": 2}
@@ -202,7 +202,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], shape: torch.Size, pool: b
     if lead * pixels:
         acc = tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
         grid = (triton.cdiv(pixels, CONFIG["BLOCK"]), lead)
-        kernel[grid](*tensors, s, c, h, w, POOL=pool, SLOPE=SLOPE, ACC=acc, **CONFIG)
+        launch(kernel, grid, *tensors, s, c, h, w, POOL=pool, SLOPE=SLOPE, ACC=acc, **CONFIG)
 
 
 def fused_forward(t: Tensor, q: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:

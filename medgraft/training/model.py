@@ -10,8 +10,8 @@ import torch
 from ..adapters import Adapter, Host
 from ..adapters.hub import fetch, load_adapter
 from ..adapters.store import read_record
-from ..backbones import load_backbone
-from ..errors import BadCall
+from ..backbones import Backbone, load_backbone
+from ..errors import BadCall, BadData
 from .network import is_network, load_network
 
 NAME = "adapter"
@@ -43,7 +43,7 @@ def open_together(
     where = choose_device(device)
     adapters = {source: load_adapter(source) for source in sources}
     first = adapters[sources[0]]
-    host = Host(load_backbone(backbone or first.backbone.id, image_size=first.preprocessing.size).to(where))
+    host = Host(_frozen(first, backbone).to(where))
     for source, adapter in adapters.items():
         host.add(adapter, source)
     return host.eval(), adapters  # type: ignore[return-value]
@@ -74,7 +74,17 @@ def open_model(
         frozen, adapter = load_network(Path(source))
     else:
         adapter = load_adapter(source, revision=revision)
-        frozen = load_backbone(backbone or adapter.backbone.id, image_size=adapter.preprocessing.size)
+        frozen = _frozen(adapter, backbone)
     host = Host(frozen.to(where))
     host.add(adapter, NAME, allow_mismatch=allow_mismatch)
     return host.eval(), adapter  # type: ignore[return-value]
+
+
+def _frozen(adapter: Adapter, named: str | None) -> Backbone:
+    """The backbone `named`, or the adapter's own by its id, which says nothing of where a file lies."""
+    try:
+        return load_backbone(named or adapter.backbone.id, image_size=adapter.preprocessing.size)
+    except BadData as absent:
+        if named is not None:
+            raise
+        raise BadData(f"this adapter's backbone is not at hand: {absent}; name it with --backbone") from None

@@ -1,6 +1,7 @@
 """Scores, predictions for files, whole networks on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from medgraft.backbones import Backbone, load_backbone
 from medgraft.errors import BadAdapter, BadCall, BadData, WrongBackbone
 from medgraft.training.data import load_dataset
 from medgraft.training.evaluate import evaluate, record_score
-from medgraft.training.model import NAME, choose_device, open_model
+from medgraft.training.model import NAME, choose_device, open_model, open_together
 from medgraft.training.network import load_network, save_network
 from medgraft.training.phantoms import write_dataset
 from medgraft.training.predict import predict_files
+from tests.helpers import says
 
 STARTER = "random:medgraft:starter-vit"
 
@@ -114,6 +116,20 @@ def test_classification_scores(starter: Backbone, tmp_path: Path) -> None:
 def saved(starter: Backbone, out: Path, values: tuple[int, ...] = ()) -> Path:
     task = Task("segment", ("cytoplasm", "nucleus"), values)
     return save_adapter(Adapter.of(starter, task, {"head": LinearHead.on(starter, task)}), out, backbone=starter)
+
+
+def test_a_backbone_whose_file_is_not_known_is_asked_for(starter: Backbone, tmp_path: Path) -> None:
+    """An adapter holds no path: what came from a file has to be named again."""
+    adapter = read_adapter(saved(starter, tmp_path / "a"))
+    adapter.backbone = replace(adapter.backbone, id="meshnet:model18cls")
+    save_adapter(adapter, tmp_path / "b")
+    for opening in (open_model, lambda source: open_together([source])):
+        with pytest.raises(BadData) as asked:
+            opening(str(tmp_path / "b"))
+        says(asked.value, "backbone is not at hand", "meshnet:model18cls@PATH", "--backbone")
+    with pytest.raises(BadData) as named:
+        open_model(str(tmp_path / "b"), backbone="meshnet:model18cls")
+    assert "not at hand" not in str(named.value)
 
 
 def test_files_get_masks_in_their_own_size_and_label_values(starter: Backbone, tmp_path: Path) -> None:
