@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from .door import Path, architecture, door, jit, launch, tl, triton
 from .lora_linear import flat
+from .operators import operator
 from .shrink import half_only
 
 LARGEST = 256
@@ -73,7 +74,7 @@ def bottleneck(
         return bottleneck_reference(x, residual, down, down_bias, up, up_bias, scale, relu)
     other = None if residual is None or residual is x else flat(residual)
     tensors = (t.to(x.dtype) for t in (down, down_bias, up, up_bias))
-    y, _ = torch.ops.medgraft.bottleneck(flat(x), other, *tensors, scale, relu, residual is x)
+    y, _ = _forward(flat(x), other, *tensors, scale, relu, residual is x)
     return y.view(x.shape)
 
 
@@ -222,7 +223,7 @@ def _run(
 # The operator
 
 
-@torch.library.custom_op("medgraft::bottleneck", mutates_args=())
+@operator("bottleneck")
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -260,7 +261,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape[0], down.shape[0])
 
 
-@torch.library.custom_op("medgraft::bottleneck_backward", mutates_args=())
+@operator("bottleneck_backward")
 def _backward(
     dy: Tensor, z: Tensor, down: Tensor, up: Tensor, scale: float, relu: bool, onto_x: bool
 ) -> tuple[Tensor, Tensor]:
@@ -288,7 +289,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 9
     x, z, down, up = ctx.saved_tensors
-    dx, dz = torch.ops.medgraft.bottleneck_backward(dy, z, down, up, ctx.scale, ctx.relu, ctx.onto_x)
+    dx, dz = _backward(dy, z, down, up, ctx.scale, ctx.relu, ctx.onto_x)
     d_up = ctx.scale * (dy.t() @ _f(z, ctx.relu))
     other = dy if ctx.needs_input_grad[1] else None
     return dx, other, dz.t() @ x, dz.sum(0), d_up, ctx.scale * dy.sum(0), None, None, None

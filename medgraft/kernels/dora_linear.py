@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear import WIDE, flat, lora_linear_reference, operands, thawed
+from .lora_linear import WIDE, flat, lora_backward, lora_forward, lora_linear_reference, operands, thawed
+from .operators import operator
 
 
 def dora_gain(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
@@ -53,20 +54,20 @@ def dora_linear(
     x, weight, bias = operands(x, weight, bias)
     if thawed(weight, bias) or torch.compiler.is_exporting():
         return dora_linear_reference(x, weight, bias, a, b, scale, gain)
-    y, _ = torch.ops.medgraft.dora_linear(flat(x), weight, bias, a.to(x.dtype), b.to(x.dtype), scale, gain)
+    y, _ = _forward(flat(x), weight, bias, a.to(x.dtype), b.to(x.dtype), scale, gain)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # The operator
 
 
-@torch.library.custom_op("medgraft::dora_linear", mutates_args=())
+@operator("dora_linear")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y and z, (M, N) each."""
     with torch.autocast(x.device.type, enabled=False):
-        z = torch.ops.medgraft.lora_linear(x, weight, bias, a, b, scale)
+        z = lora_forward.plain(x, weight, bias, a, b, scale)
         shift = torch.zeros_like(gain) if bias is None else (1 - gain) * bias
         if z.dtype in WIDE:
             return torch.addcmul(shift.to(z.dtype), z, gain.to(z.dtype)), z
@@ -94,7 +95,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     x, weight, bias, a, b, gain, z = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     c = gain[:, None].to(weight.dtype)
-    found = torch.ops.medgraft.lora_linear_backward(dy, x, weight * c, a, b * c, ctx.scale, wanted)
+    found = lora_backward(dy, x, weight * c, a, b * c, ctx.scale, wanted)
     dx, da, db = (t if w else None for t, w in zip(found, wanted, strict=True))
     dgain = None
     if ctx.needs_input_grad[6]:

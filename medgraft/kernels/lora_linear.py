@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .door import Path, door
+from .operators import operator
 from .shrink import LARGEST, beside, half_only, shrink
 
 WIDE = (torch.float32, torch.float64)
@@ -43,7 +44,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     x, weight, bias = operands(x, weight, bias)
     if thawed(weight, bias) or torch.compiler.is_exporting():
         return lora_linear_reference(x, weight, bias, a, b, scale)
-    y = torch.ops.medgraft.lora_linear(flat(x), weight, bias, a.to(x.dtype), b.to(x.dtype), scale)
+    y = lora_forward(flat(x), weight, bias, a.to(x.dtype), b.to(x.dtype), scale)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -141,21 +142,22 @@ def given(like: Tensor, dx: Tensor | None, da: Tensor | None, db: Tensor | None)
 # The operator
 
 
-@torch.library.custom_op("medgraft::lora_linear", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+@operator("lora_linear")
+def lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """(M, K) -> (M, N)"""
     with torch.autocast(x.device.type, enabled=False):
         if lora_path(x, weight, len(a)).fused:
             return functional.linear(shrink(x, a, scale), beside(weight, b), bias)
         return changed(x, weight, bias, a, b, scale)
 
 
-@_forward.register_fake
+@lora_forward.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("medgraft::lora_linear_backward", mutates_args=())
-def _backward(
+@operator("lora_linear_backward")
+def lora_backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
@@ -176,7 +178,7 @@ def _backward(
     return given(x, dx, da, db)
 
 
-@_backward.register_fake
+@lora_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,9 +193,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-    found = torch.ops.medgraft.lora_linear_backward(dy, *ctx.saved_tensors, ctx.scale, wanted)
+    found = lora_backward(dy, *ctx.saved_tensors, ctx.scale, wanted)
     dx, da, db = (t if w else None for t, w in zip(found, wanted, strict=True))
     return dx, None, None, da, db, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+lora_forward.register_autograd(_gradients, setup_context=_keep)

@@ -26,6 +26,7 @@ from ..errors import BadCall
 from .door import Path
 from .linear_expand import linear_expand, linear_expand_path
 from .lora_linear import flat, given, grad_b, grad_shrunk, lora_path, operands, shrunk, thawed
+from .operators import operator
 from .shrink import LARGEST, beside, shrink
 
 Factors = Sequence[tuple[Tensor, Tensor, float]]
@@ -60,7 +61,7 @@ def mixed_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: F
         return mixed_lora_linear_reference(x, weight, bias, factors, ids)
     a = torch.cat([a for a, _, _ in factors]).to(x.dtype)
     b = torch.cat([b * scale for _, b, scale in factors], 1).to(x.dtype)
-    y = torch.ops.medgraft.mixed_lora_linear(flat(x), weight, bias, a, b, ids, [len(a) for a, _, _ in factors])
+    y = _forward(flat(x), weight, bias, a, b, ids, [len(a) for a, _, _ in factors])
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -137,7 +138,7 @@ def _summed(t: Tensor, own: Tensor, rank: int) -> Tensor:
 # The operator
 
 
-@torch.library.custom_op("medgraft::mixed_lora_linear", mutates_args=())
+@operator("mixed_lora_linear")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int]
 ) -> Tensor:
@@ -166,7 +167,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("medgraft::mixed_lora_linear_backward", mutates_args=())
+@operator("mixed_lora_linear_backward")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int], wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +217,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-    found = torch.ops.medgraft.mixed_lora_linear_backward(dy, *ctx.saved_tensors, ctx.ranks, wanted)
+    found = _backward(dy, *ctx.saved_tensors, ctx.ranks, wanted)
     dx, da, db = (t if w else None for t, w in zip(found, wanted, strict=True))
     return dx, None, None, da, db, None, None
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from .door import Path, architecture, door, jit, launch, tl, triton
 from .lora_linear import flat, given, lora_linear_reference, thawed
 from .mixed_lora import Factors, _owner, _rows_an_image
+from .operators import operator
 from .shrink import LARGEST, beside, half_only, slot, store_columns
 
 CONFIGS = {  # by architecture; chosen by compiling, not by measuring
@@ -62,7 +63,7 @@ def norm_shrink(
         _rows_an_image(x, ids)
         a, b, scale = torch.cat([a for a, _, _ in factors]), torch.cat([b * s for _, b, s in factors], 1), 1.0
         ranks = [len(a) for a, _, _ in factors]
-    out, _, _ = torch.ops.medgraft.norm_shrink(flat(x), gamma, beta, eps, a.to(x.dtype), scale, ids, ranks)
+    out, _, _ = _forward(flat(x), gamma, beta, eps, a.to(x.dtype), scale, ids, ranks)
     return out.view(*x.shape[:-1], out.shape[-1]), b
 
 
@@ -71,7 +72,7 @@ def joined_linear(h: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
     Gradients flow to H and B, never to weight and bias.
     """
-    y = torch.ops.medgraft.joined_linear(flat(h), weight, bias, b.to(h.dtype))
+    y = _linear(flat(h), weight, bias, b.to(h.dtype))
     return y.view(*h.shape[:-1], y.shape[-1])
 
 
@@ -228,7 +229,7 @@ def _kept(u: Tensor, ids: Tensor, ranks: list[int]) -> Tensor:
     return torch.where(rows[:, None] == _owner(tuple(ranks), u.device), u, 0)
 
 
-@torch.library.custom_op("medgraft::norm_shrink", mutates_args=())
+@operator("norm_shrink")
 def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, eps: float, a: Tensor, scale: float, ids: Tensor | None, ranks: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +253,7 @@ def _(
     return x.new_empty(m, k + slot(a.shape[0])), mean, rstd
 
 
-@torch.library.custom_op("medgraft::norm_shrink_backward", mutates_args=())
+@operator("norm_shrink_backward")
 def _backward(
     d_out: Tensor,
     x: Tensor,
@@ -315,7 +316,7 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, 
         return (None,) * 8
     *kept, ids = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 4)]
-    found = torch.ops.medgraft.norm_shrink_backward(d_out, *kept, ctx.scale, ids, ctx.ranks, wanted)
+    found = _backward(d_out, *kept, ctx.scale, ids, ctx.ranks, wanted)
     dx, da = (t if w else None for t, w in zip(found, wanted, strict=True))
     return dx, None, None, None, da, None, None, None
 
@@ -326,7 +327,7 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 # The operator behind
 
 
-@torch.library.custom_op("medgraft::joined_linear", mutates_args=())
+@operator("joined_linear")
 def _linear(h: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
     """(M, K + R rounded up) -> (M, N)"""
     with torch.autocast(h.device.type, enabled=False):
@@ -338,7 +339,7 @@ def _(h: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
     return h.new_empty(h.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("medgraft::joined_linear_backward", mutates_args=())
+@operator("joined_linear_backward")
 def _linear_backward(dy: Tensor, h: Tensor, weight: Tensor, b: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """dH (M, K + R rounded up), dB (N, R); those not wanted are empty. autograd's own would be as wide as [W | B]."""
     with torch.autocast(h.device.type, enabled=False):
@@ -361,7 +362,7 @@ def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[i] for i in (0, 3)]
-    found = torch.ops.medgraft.joined_linear_backward(dy, *ctx.saved_tensors, wanted)
+    found = _linear_backward(dy, *ctx.saved_tensors, wanted)
     dh, db = (t if w else None for t, w in zip(found, wanted, strict=True))
     return dh, None, None, db
 

@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from ..errors import BadCall
 from .door import INTERPRETED, Path, architecture, door, launch, tl, triton
+from .operators import operator
 from .relpos_plain import Frame, direct, empty_like_heads, empty_outputs, plain_backward, plain_forward
 from .relpos_tiles import backward_keys_kernel, backward_queries_kernel, forward_kernel
 
@@ -269,7 +270,7 @@ def _frame(grid: Sequence[int], window: Sequence[int]) -> Frame:
     return Frame((grid[0], grid[1]), (window[0], window[1]))
 
 
-@torch.library.custom_op("medgraft::relpos_attention", mutates_args=())
+@operator("relpos_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -285,7 +286,7 @@ def _attention(
         return forward(q, k, v, rh, rw, outside, _frame(grid, window))
 
 
-@torch.library.custom_op("medgraft::relpos_attention_backward", mutates_args=())
+@operator("relpos_attention_backward")
 def _attention_backward(
     g: Tensor,
     q: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .door import Path, door, jit, launch, tl, triton
+from .operators import operator
 
 SLOPE = 0.01
 CONFIG = {"BLOCK": 256, "num_warps": 4, "num_stages": 2}
@@ -38,7 +39,7 @@ def support_epilogue(t: Tensor, q: Tensor, *, pool: bool, fresh: bool) -> Mixed:
     """
     if epilogue_path(t, q, pool).fused:
         lead = t.shape[:-4]
-        maps, pooled, total = torch.ops.medgraft.support_epilogue(_five(t), q.reshape(-1, *q.shape[-3:]), pool)
+        maps, pooled, total = _forward(_five(t), q.reshape(-1, *q.shape[-3:]), pool)
         return Mixed(maps.view_as(t), pooled.view(*lead, *pooled.shape[1:]) if pool else None, total.view_as(q))
     q = q.unsqueeze(-4)
     in_place = fresh and t.shape == torch.broadcast_shapes(t.shape, q.shape) and t.dtype == q.dtype
@@ -226,7 +227,7 @@ def fused_backward(maps: Tensor, dmaps: Tensor, dpooled: Tensor, dtotal: Tensor,
 # The operator
 
 
-@torch.library.custom_op("medgraft::support_epilogue", mutates_args=())
+@operator("support_epilogue")
 def _forward(t: Tensor, q: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     """t (L, S, C, H, W), q (L, C, H, W) -> maps, pooled maps (empty where not asked), their sum."""
     if epilogue_path(t, q, pool).fused:
@@ -242,7 +243,7 @@ def _(t: Tensor, q: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     return t.new_empty(t.shape), pooled, t.new_empty(q.shape, dtype=_wide(t))
 
 
-@torch.library.custom_op("medgraft::support_epilogue_backward", mutates_args=())
+@operator("support_epilogue_backward")
 def _backward(maps: Tensor, dmaps: Tensor, dpooled: Tensor, dtotal: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
     """dt and dq."""
     if epilogue_path(maps, maps[:, 0], pool).fused:
@@ -275,7 +276,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dmaps: Tensor, dpooled: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-    dt, dq = torch.ops.medgraft.support_epilogue_backward(*ctx.saved_tensors, dmaps, dpooled, dtotal, ctx.pool)
+    dt, dq = _backward(*ctx.saved_tensors, dmaps, dpooled, dtotal, ctx.pool)
     return dt, dq, None
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medgraft.kernels import lora_linear
-from medgraft.kernels.lora_linear import _backward, lora_path, merging_pays
+from medgraft.kernels.lora_linear import lora_backward, lora_path, merging_pays
 from medgraft.kernels.shrink import LARGEST, beside, shrink
 from tests.helpers import TOLERANCE, close, says
 from tests.kernels.conftest import INTERPRETED, Device, surrounded
@@ -191,7 +191,7 @@ def test_no_gradient_of_the_weight_is_formed() -> None:
     with Largest(*weight.shape) as mode:
         dy.t() @ x
         assert mode.seen == 1
-        _backward._init_fn(dy, x, weight, a, b, 2.0, [True] * 3)  # the operator's own steps
+        lora_backward.plain(dy, x, weight, a, b, 2.0, [True] * 3)  # the operator's own steps
         assert mode.seen == 1
 
 
