@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -37,7 +38,8 @@ def facts() -> dict[str, Any]:
 def rounds(
     calls: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1, busy_share: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each call, interleaved: every round times every call once, so that drift of the machine meets all alike.
+    """Seconds of each call, interleaved: every round times every call once, so that drift of the machine meets all alike, in an order of
+    its own, so that none always follows the same one.
 
     With `busy_share`, a round in which any call got less than that share of its threads' CPU time is dropped and repeated
     (at most three times as many rounds are tried).
@@ -46,13 +48,14 @@ def rounds(
         for _ in range(warmup):
             call()
     kept: dict[str, list[float]] = {name: [] for name in calls}
-    tried = 0
+    tried, order, dice = 0, list(calls), random.Random(0)
     while len(next(iter(kept.values()))) < repeats and tried < 3 * repeats:
         tried += 1
         seconds, quiet = {}, True
-        for name, call in calls.items():
+        dice.shuffle(order)
+        for name in order:
             cpu, wall = time.process_time(), time.perf_counter()
-            call()
+            calls[name]()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             seconds[name] = wall
             quiet &= cpu / wall >= busy_share

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +18,14 @@ LONG = ["relpos_attention", "linear_expand"]
 """Operations of which only some shapes are compiled every time."""
 
 
+@cache
+def compiled(operation: str, only: str = "") -> dict[int, list[dict[str, Any]]]:
+    """`measured` by architecture, all at the same time: each is a process of its own."""
+    with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
+        found = pool.map(lambda arch: measured(operation, arch, only), ARCHITECTURES)
+        return dict(zip(ARCHITECTURES, found, strict=True))
+
+
 def wrong(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Faults by kernel."""
     assert rows
@@ -24,7 +34,7 @@ def wrong(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_of_sam_compiles_without_a_spill(arch: int) -> None:
-    rows = measured("relpos_attention", arch, "64x64")
+    rows = compiled("relpos_attention", "64x64")[arch]
     assert not wrong(rows)
     if arch == 90:
         assert all(row["wgmma"] for row in rows if "64x64 in 64x64" in row["case"])
@@ -32,7 +42,7 @@ def test_attention_of_sam_compiles_without_a_spill(arch: int) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_product_for_many_adapters_compiles_without_a_spill(arch: int) -> None:
-    rows = measured("linear_expand", arch, "of rank 64")  # the most registers
+    rows = compiled("linear_expand", "of rank 64")[arch]  # the most registers
     assert not wrong(rows)
     assert arch == 80 or all(row["wgmma"] for row in rows)
 
@@ -40,14 +50,14 @@ def test_the_product_for_many_adapters_compiles_without_a_spill(arch: int) -> No
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("operation", [name for name in LAUNCHES if name not in LONG])
 def test_it_compiles_without_a_spill(operation: str, arch: int) -> None:
-    assert not wrong(measured(operation, arch))
+    assert not wrong(compiled(operation)[arch])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("operation", LONG)
 def test_other_shapes_compile_without_a_spill(operation: str, arch: int) -> None:
-    assert not wrong(measured(operation, arch))
+    assert not wrong(compiled(operation)[arch])
 
 
 def test_faults_are_seen() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from medgraft.adapters import Host
 from medgraft.adapters.explain import explain
-from medgraft.adapters.store import read_record
+from medgraft.adapters.store import TENSORS_NAME, read_record, save_adapter
 from medgraft.backbones import load_backbone
 from medgraft.errors import BadCall, BadData, SaveFailed, UnknownName
 from medgraft.recipes import RECIPES, Run, find_recipe
@@ -86,12 +86,14 @@ def test_a_recipe_classifies(name: str, labels: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - WITHOUT_FIT))
-def test_a_recipe_explains_itself(name: str) -> None:
+def test_a_recipe_explains_itself(name: str, tmp_path: Path) -> None:
     adapter, backbone = dry_adapter(name, backbone=TINY, image_size=64)
     facts = explain(adapter, backbone)
     assert facts.trainable == adapter.trainable > 0
     assert facts.activations > 0
-    assert facts.bytes["float32"] == 2 * facts.bytes["float16"]
+    for dtype, told in facts.bytes.items():
+        blob = (save_adapter(adapter, tmp_path / dtype, dtype=dtype) / TENSORS_NAME).read_bytes()
+        assert told == len(blob) - 8 - int.from_bytes(blob[:8], "little"), "not what the file holds behind its header"
 
 
 def test_the_defaults_of_avit_are_the_papers() -> None:
