@@ -3,12 +3,11 @@
     y = x W^T + b + s (x A^T) B^T
     dx = dy W + s (dy B) A,    dA = s (dy B)^T x,    dB = s dy^T (x A^T)        no gradient of W is formed
 
-Three arrangements of the same function, with u = x A^T; M rows, K columns in, N out, rank R:
-  merged    x (W + s B A)^T + b    float32 and float64 in many rows, where passes over y cost more than one over W
-  added     y = x W^T + b, then y += s u B^T in place
+Two arrangements of the same function, with u = x A^T; M rows, K columns in, N out, rank R:
+  begun     y = s u B^T + b, then y += x W^T: the library adds the large product to it as it would to b, so nothing passes over y anew
   joined    [x | s u] [W | B]^T + b: one library product on K + R columns, behind the Triton kernel of `shrink`
 
-In half precision W + s B A is never formed: rounding it would lose the adapter.
+W + s B A is never formed: it costs a pass over W in every call, and rounded to half precision it would lose the adapter.
 
 Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
 """
@@ -24,10 +23,7 @@ from torch.nn import functional
 from .door import Path, door
 from .operators import operator
 from .shrink import LARGEST, beside, half_only, shrink
-
-WIDE = (torch.float32, torch.float64)
-SLICE = 768
-"""Rows of W that are merged at a time."""
+from .skinny import grad_b, grad_shrunk, shrunk, thin
 
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -82,52 +78,11 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def merging_pays(rows: int, weight: Tensor) -> bool:
-    """Whether a pass over W is cheaper than the passes over x and y that it saves. Half precision is never merged.
-
-    Measured on two cores with AVX-512: at 768 -> 2304 they cost the same at 1,300 to 1,600 rows of rank 8, earlier at higher ranks.
-    """
-    n, k = weight.shape
-    return weight.dtype in WIDE and rows * (k + 2 * n) > 4 * n * k
-
-
-def shrunk(x: Tensor, a: Tensor) -> Tensor:
-    """u = x A^T, (M, R). Where a CPU computes in float32, writing u^T is twice as fast, and so is reading it."""
-    return (a @ x.t()).t() if x.dtype in WIDE and not x.is_cuda else x @ a.t()
-
-
-# The skinny products of the gradients, all as rows of length M, N or K: on a CPU two to three times as fast as columns. Scales ride in the factors.
-
-
-def grad_shrunk(dy: Tensor, b: Tensor) -> Tensor:
-    """du^T = B^T dy^T, (R, M)."""
-    return b.t().contiguous() @ dy.t()
-
-
-def grad_b(dy: Tensor, x: Tensor, a: Tensor) -> Tensor:
-    """dB^T = (A x^T) dy, (R, N)."""
-    return (a @ x.t()) @ dy
-
-
-def changed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y (M, N), merged or added."""
-    if merging_pays(len(x), weight):
-        return _merged(x, weight, bias, a, b, scale)
-    return functional.linear(x, weight, bias).addmm_(shrunk(x, a), b.t(), alpha=scale)
-
-
-def _merged(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y (M, N) by slices of W + s B A, each multiplied while it is in the cache: no second W is ever whole."""
-    y = x.new_empty(len(x), len(weight))
-    merged = torch.empty_like(weight[:SLICE])
-    for start in range(0, len(weight), SLICE):
-        rows = slice(start, start + SLICE)
-        part = torch.addmm(weight[rows], b[rows], a, alpha=scale, out=merged[: len(weight[rows])])
-        if bias is None:
-            torch.mm(x, part.t(), out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, part.t(), out=y[:, rows])
-    return y
+def begun(u: Tensor, b: Tensor, scale: float, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """s u B^T + b, (M, N), which the large product is added to; written into `out` where given."""
+    if bias is None:
+        return torch.mm(u, (b * scale).t(), out=out)
+    return torch.addmm(bias, u, b.t(), alpha=scale, out=out)
 
 
 def given(like: Tensor, dx: Tensor | None, da: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +103,7 @@ def lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     with torch.autocast(x.device.type, enabled=False):
         if lora_path(x, weight, len(a)).fused:
             return functional.linear(shrink(x, a, scale), beside(weight, b), bias)
-        return changed(x, weight, bias, a, b, scale)
+        return begun(shrunk(x, a), b, scale, bias).addmm_(x, weight.t())
 
 
 @lora_forward.register_fake
@@ -170,9 +125,9 @@ def lora_backward(
             du = du.t()
         else:
             du = grad_shrunk(dy, b * scale)
-            dx = (dy @ weight).addmm_(du.t(), a) if wanted[0] else None
+            dx = torch.mm(du.t(), a).addmm_(dy, weight) if wanted[0] else None
         if wanted[1]:
-            da = du @ x
+            da = thin(du, x)
         if wanted[2]:
             db = grad_b(dy, x, a * scale).t()
     return given(x, dx, da, db)

@@ -3,12 +3,12 @@
     y_i = x_i W^T + b + s_k (x_i A_k^T) B_k^T      with k = ids[i], and no second term where ids[i] = -1
 
 Four arrangements of the same function; M rows, K columns in, N out, sum of ranks R:
-  by runs  consecutive images with one adapter at a time, added in place: what one adapter for all would cost (CPU)
-  gathered every image's own A_k and B_k side by side, two batched products (other devices, any number of adapters)
+  by runs  y is begun by consecutive images with one adapter at a time: what one adapter for all would cost (CPU, long runs)
+  gathered y is begun by two batched products of every image's own A_k and B_k (anywhere, any number of adapters)
   slots    [x | u] [W | B_1 | .. | B_n]^T + b: one library product on K + R columns, behind the Triton kernel of `shrink`
   expanded u as in gathered; u_i B_k^T is added by the Triton product of `linear_expand` on the way out (more columns than slots hold)
 
-A change of adapters is a change of `ids`; which images have which costs nothing on the last three.
+In the first two the library adds x W^T to y as to a bias, as in `lora_linear`. A change of adapters is a change of `ids`; which images have which costs nothing on the last three.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from torch.nn import functional
 from ..errors import BadCall
 from .door import Path
 from .linear_expand import linear_expand, linear_expand_path
-from .lora_linear import flat, given, grad_b, grad_shrunk, lora_path, operands, shrunk, thawed
+from .lora_linear import begun, flat, given, lora_path, operands, thawed
 from .operators import operator
 from .shrink import LARGEST, beside, shrink
+from .skinny import grad_b, grad_shrunk, shrunk, thin
 
 Factors = Sequence[tuple[Tensor, Tensor, float]]
 """One (A (R_k, K), B (N, R_k), s_k) a slot."""
+
+LONG = 256
+"""Rows of a run from which products of its own are cheaper than its share of a batched one, on two cores."""
 
 
 def mixed_lora_linear_reference(
@@ -59,8 +63,8 @@ def mixed_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: F
     x, weight, bias = operands(x, weight, bias)
     if thawed(weight, bias):
         return mixed_lora_linear_reference(x, weight, bias, factors, ids)
-    a = torch.cat([a for a, _, _ in factors]).to(x.dtype)
-    b = torch.cat([b * scale for _, b, scale in factors], 1).to(x.dtype)
+    a = torch.cat([a * scale for a, _, scale in factors]).to(x.dtype)
+    b = torch.cat([b.t() for _, b, _ in factors]).to(x.dtype).t()  # rows of length N, which are quicker to gather
     y = _forward(flat(x), weight, bias, a, b, ids, [len(a) for a, _, _ in factors])
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -71,18 +75,23 @@ def mixed_lora_path(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> Path:
     return Path(path.fused, f"{way}; {path.why}")
 
 
-def _arrangement(x: Tensor, weight: Tensor, ranks: Sequence[int]) -> tuple[str, Path]:
-    """One of the four at the top of the file, and what the door said."""
+def _arrangement(x: Tensor, weight: Tensor, ranks: Sequence[int], ids: Tensor | None = None) -> tuple[str, Path]:
+    """One of the four at the top of the file, and what the door said. Without `ids`, for people: what they decide is left open."""
     many = sum(ranks) > LARGEST
     path = linear_expand_path(x, max(ranks)) if many else lora_path(x, weight, sum(ranks))
     if path.fused:
         return ("expanded" if many else "slots"), path
-    return ("by runs" if by_runs(x) else "gathered"), path
+    if ids is None:
+        return ("by runs, short ones gathered" if x.device.type == "cpu" else "gathered"), path
+    return ("by runs" if by_runs(x, ids) else "gathered"), path
 
 
-def by_runs(x: Tensor) -> bool:
-    """Whether images are gone through: reading `ids` costs nothing on a CPU; elsewhere it would wait for the device."""
-    return x.device.type == "cpu"
+def by_runs(x: Tensor, ids: Tensor) -> bool:
+    """Whether runs of images are gone through one by one. Reading `ids` costs nothing on a CPU; elsewhere it would wait for the device."""
+    if x.device.type != "cpu":
+        return False
+    runs = [k for k, _ in groupby(ids.tolist()) if k >= 0]
+    return x.numel() // x.shape[-1] >= LONG * len(runs)
 
 
 def _rows_an_image(x: Tensor, ids: Tensor) -> int:
@@ -95,13 +104,11 @@ def _rows_an_image(x: Tensor, ids: Tensor) -> int:
 
 
 def _runs(ids: Tensor, ranks: Sequence[int], rows: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of consecutive images with one adapter, and that adapter's columns. `rows` an image."""
+    """Rows of consecutive images with one adapter, and that adapter's columns, or none. `rows` an image."""
     first = 0
     for k, run in groupby(ids.tolist()):
-        after = first + rows * len(list(run))
-        if k >= 0:
-            start = sum(ranks[:k])
-            yield slice(first, after), slice(start, start + ranks[k])
+        after, start = first + rows * len(list(run)), sum(ranks[: max(k, 0)])
+        yield slice(first, after), slice(start, start + ranks[k] if k >= 0 else start)
         first = after
 
 
@@ -126,7 +133,7 @@ def _images(t: Tensor, ids: Tensor) -> Tensor:
 
 def _gathered(t: Tensor, own: Tensor) -> Tensor:
     """Rows `own` (images, r) of t (R, C), row R being zero: (images, r, C)."""
-    return functional.pad(t, (0, 0, 0, 1))[own]
+    return torch.embedding(functional.pad(t, (0, 0, 0, 1)), own)
 
 
 def _summed(t: Tensor, own: Tensor, rank: int) -> Tensor:
@@ -142,24 +149,24 @@ def _summed(t: Tensor, own: Tensor, rank: int) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int]
 ) -> Tensor:
-    """(M, K) -> (M, N) with a (R, K) and b (N, R) of all slots, the scales in b."""
+    """(M, K) -> (M, N) with a (R, K) and b (N, R) of all slots, the scales in a."""
     with torch.autocast(x.device.type, enabled=False):
-        way, _ = _arrangement(x, weight, ranks)
+        way, _ = _arrangement(x, weight, ranks, ids)
         if way == "slots":
             owner = _owner(tuple(ranks), x.device)
             return functional.linear(shrink(x, a, ids=ids, owner=owner), beside(weight, b), bias)
         if way == "by runs":
-            y = functional.linear(x, weight, bias)
+            y = x.new_empty(len(x), len(weight))
             for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
-                y[rows].addmm_(shrunk(x[rows], a[cols]), b[:, cols].t())
-            return y
+                begun(shrunk(x[rows], a[cols]), b[:, cols], 1.0, bias, out=y[rows])
+            return y.addmm_(x, weight.t())
         own = _columns(tuple(ranks), x.device)[ids]
-        u = _images(x, ids) @ _gathered(a, own).mT
+        u = (_gathered(a, own) @ _images(x, ids).mT).mT
         if way == "expanded":
             return linear_expand(x, weight, bias, u.flatten(0, 1), b.t(), own)
-        y = functional.linear(x, weight, bias)
-        _images(y, ids).baddbmm_(u, _gathered(b.t(), own))
-        return y
+        own_b = _gathered(b.t(), own)
+        y = torch.bmm(u, own_b) if bias is None else torch.baddbmm(bias, u, own_b)
+        return y.flatten(0, 1).addmm_(x, weight.t())
 
 
 @_forward.register_fake
@@ -174,31 +181,32 @@ def _backward(
     """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
     with torch.autocast(x.device.type, enabled=False):
         dy = dy.contiguous()
-        way, _ = _arrangement(x, weight, ranks)
+        way, _ = _arrangement(x, weight, ranks, ids)
         if way != "by runs":
             own = _columns(tuple(ranks), x.device)[ids]
             xs, dys = _images(x, ids), _images(dy, ids)
             own_a, own_b = _gathered(a, own), _gathered(b.t(), own)
-            du = dys @ own_b.mT
+            du = (own_b @ dys.mT).mT
             dx = None
             if wanted[0] and way == "expanded":
                 dx = linear_expand(dy, weight.t(), None, du.flatten(0, 1), a, own)
             elif wanted[0]:
-                dx = dy @ weight
-                _images(dx, ids).baddbmm_(du, own_a)
+                dx = torch.bmm(du, own_a).flatten(0, 1).addmm_(dy, weight)
             da = _summed(du.mT @ xs, own, len(a)) if wanted[1] else None
-            db = _summed((xs @ own_a.mT).mT @ dys, own, len(a)).t() if wanted[2] else None
+            db = _summed((own_a @ xs.mT) @ dys, own, len(a)).t() if wanted[2] else None
             return given(x, dx, da, db)
-        dx = dy @ weight if wanted[0] else None
+        dx = torch.empty_like(x) if wanted[0] else None
         da, db = torch.zeros_like(a), b.new_zeros(b.shape[::-1]).t()
         for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
             du = grad_shrunk(dy[rows], b[:, cols])
             if dx is not None:
-                dx[rows].addmm_(du.t(), a[cols])
+                torch.mm(du.t(), a[cols], out=dx[rows])
             if wanted[1]:
-                da[cols].addmm_(du, x[rows])
+                da[cols] += thin(du, x[rows])
             if wanted[2]:
-                db.t()[cols].add_(grad_b(dy[rows], x[rows], a[cols]))
+                db.t()[cols] += grad_b(dy[rows], x[rows], a[cols])
+        if dx is not None:
+            dx.addmm_(dy, weight)
     return given(x, dx, da if wanted[1] else None, db if wanted[2] else None)
 
 

@@ -73,6 +73,36 @@ def test_a_gain_of_one_and_zero_factors_are_the_frozen_layer(device: Device) -> 
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
+def test_a_gain_that_is_not_learnt(size: str, dtype: torch.dtype, biased: bool, device: Device) -> None:
+    """Nothing is kept for it then, and the weight may be scaled in place of y: the same values and the other gradients."""
+    x, weight, bias, a, b, gain = inputs(size, dtype, device.torch)
+    shift = bias if biased else None
+    runs = []
+    for learnt in (True, False):
+        y = dora_linear(x, weight, shift, a, b, 1.5, gain.detach().requires_grad_(learnt))
+        dy = torch.linspace(-1, 1, y.numel(), device=device.torch).view_as(y).to(dtype)
+        runs.append([y, *torch.autograd.grad(y, (x, a, b), dy)])
+    with torch.no_grad():
+        runs[0].append(runs[0][0])
+        runs[1].append(dora_linear(x, weight, shift, a, b, 1.5, gain))
+    for i, (with_it, without) in enumerate(zip(*runs, strict=True)):
+        close(f"{i}", without.double(), with_it.double(), TOLERANCE[dtype])
+
+
+def test_more_rows_than_are_summed_at_once() -> None:
+    x, weight, bias, a, b, gain = (
+        torch.randn(s, dtype=torch.float64) for s in ((150, 9), (7, 9), 7, (2, 9), (7, 2), 7)
+    )
+    gain.requires_grad_()
+    grads = [
+        torch.autograd.grad(f(x, weight, bias, a, b, 0.5, gain).square().sum(), gain) for f in (dora_linear, rescaled)
+    ]
+    close("dgain", *grads)
+
+
 def test_its_gradients_by_finite_differences(device: Device) -> None:
     x, weight, bias, a, b, gain = inputs("easy", torch.float64, device.torch)
     assert torch.autograd.gradcheck(
@@ -108,7 +138,7 @@ def test_autocast() -> None:
 def test_opcheck() -> None:
     x, weight, bias, a, b, gain = inputs("easy", torch.float64)
     flat = x.detach().flatten(0, -2).requires_grad_()
-    torch.library.opcheck(torch.ops.medgraft.dora_linear.default, (flat, weight, bias, a, b, 1.5, gain))
+    torch.library.opcheck(torch.ops.medgraft.dora_linear.default, (flat, weight, bias, a, b, 1.5, gain, True))
 
 
 def test_one_graph() -> None:

@@ -206,17 +206,20 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize("ids", IDS)
-def test_the_gathered_arrangement_is_the_same_function(ids: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does without the kernel, and in the backward pass, run on the CPU."""
+def test_long_runs_and_gathered_images_are_one_function(ids: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does without the kernel, and what a CPU does with long runs."""
     x, weight, bias, factors = draw((4, 9), dtype=torch.float64)
-    runs, asked = [], []
-    for _ in range(2):
-        y = mixed_lora_linear(x, weight, bias, factors, torch.tensor(IDS[ids]))
-        runs.append([y, *torch.autograd.grad(y.square().sum(), leaves_of(x, factors))])
-        monkeypatch.setattr(module("medgraft.kernels.mixed_lora"), "by_runs", lambda x: bool(asked.append(x)))
-    assert len(asked) == 2
-    assert mixed_lora_linear(x[:, :0], weight, bias, factors, torch.tensor(IDS[ids])).shape == (4, 0, N)
-    close("gathered", runs[1], runs[0], 1e-12)
+    slots, found, seen = torch.tensor(IDS[ids]), [], []
+    mixed = module("medgraft.kernels.mixed_lora")
+    by_runs = mixed.by_runs
+    for long in (1, 10**6):
+        monkeypatch.setattr(mixed, "LONG", long)
+        monkeypatch.setattr(mixed, "by_runs", lambda *of: seen.append(by_runs(*of)) or seen[-1])
+        y = mixed_lora_linear(x, weight, bias, factors, slots)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves_of(x, factors))])
+        assert mixed_lora_linear(x[:, :0], weight, bias, factors, slots).shape == (4, 0, N)
+    assert (slots < 0).all() or {seen[0], seen[-1]} == {True, False}
+    close("gathered", found[1], found[0], 1e-12)
 
 
 # The operator
