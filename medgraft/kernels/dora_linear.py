@@ -74,17 +74,16 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, gain: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """y (M, N), and z (M, N) if it is to be kept, else an empty one."""
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.dtype in WIDE
-        c = (gain if wide else gain - 1).to(x.dtype)
-        if wide and not keep and len(x) > x.shape[1]:
-            y = lora_forward.plain(x, weight * c[:, None], bias, a, b * c[:, None], scale)
-            return y, y.new_empty(0)
-        z = lora_forward.plain(x, weight, bias, a, b, scale)
-        out = None if keep else z
-        shift = torch.zeros_like(c) if bias is None else ((1 - gain) * bias).to(x.dtype)
-        y = torch.addcmul(shift, z, c, out=out) if wide else torch.addcmul(z, z, c, out=out).add_(shift)
-        return y, z if keep else z.new_empty(0)
+    wide = x.dtype in WIDE
+    c = (gain if wide else gain - 1).to(x.dtype)
+    if wide and not keep and len(x) > x.shape[1]:
+        y = lora_forward.plain(x, weight * c[:, None], bias, a, b * c[:, None], scale)
+        return y, y.new_empty(0)
+    z = lora_forward.plain(x, weight, bias, a, b, scale)
+    out = None if keep else z
+    shift = torch.zeros_like(c) if bias is None else ((1 - gain) * bias).to(x.dtype)
+    y = torch.addcmul(shift, z, c, out=out) if wide else torch.addcmul(z, z, c, out=out).add_(shift)
+    return y, z if keep else z.new_empty(0)
 
 
 @_forward.register_fake

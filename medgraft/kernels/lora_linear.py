@@ -100,10 +100,9 @@ def given(like: Tensor, dx: Tensor | None, da: Tensor | None, db: Tensor | None)
 @operator("lora_linear")
 def lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """(M, K) -> (M, N)"""
-    with torch.autocast(x.device.type, enabled=False):
-        if lora_path(x, weight, len(a)).fused:
-            return functional.linear(shrink(x, a, scale), beside(weight, b), bias)
-        return begun(shrunk(x, a), b, scale, bias).addmm_(x, weight.t())
+    if lora_path(x, weight, len(a)).fused:
+        return functional.linear(shrink(x, a, scale), beside(weight, b), bias)
+    return begun(shrunk(x, a), b, scale, bias).addmm_(x, weight.t())
 
 
 @lora_forward.register_fake
@@ -116,20 +115,19 @@ def lora_backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
-    with torch.autocast(x.device.type, enabled=False):
-        dy = dy.contiguous()
-        dx = da = db = None
-        if wanted[0] and lora_path(x, weight, len(a)).fused:
-            dx, du, _ = (dy @ beside(weight, b * scale)).tensor_split((x.shape[1], x.shape[1] + len(a)), 1)
-            dx = torch.addmm(dx, du, a)
-            du = du.t()
-        else:
-            du = grad_shrunk(dy, b * scale)
-            dx = torch.mm(du.t(), a).addmm_(dy, weight) if wanted[0] else None
-        if wanted[1]:
-            da = thin(du, x)
-        if wanted[2]:
-            db = grad_b(dy, x, a * scale).t()
+    dy = dy.contiguous()
+    dx = da = db = None
+    if wanted[0] and lora_path(x, weight, len(a)).fused:
+        dx, du, _ = (dy @ beside(weight, b * scale)).tensor_split((x.shape[1], x.shape[1] + len(a)), 1)
+        dx = torch.addmm(dx, du, a)
+        du = du.t()
+    else:
+        du = grad_shrunk(dy, b * scale)
+        dx = torch.mm(du.t(), a).addmm_(dy, weight) if wanted[0] else None
+    if wanted[1]:
+        da = thin(du, x)
+    if wanted[2]:
+        db = grad_b(dy, x, a * scale).t()
     return given(x, dx, da, db)
 
 

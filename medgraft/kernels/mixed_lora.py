@@ -150,23 +150,22 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int]
 ) -> Tensor:
     """(M, K) -> (M, N) with a (R, K) and b (N, R) of all slots, the scales in a."""
-    with torch.autocast(x.device.type, enabled=False):
-        way, _ = _arrangement(x, weight, ranks, ids)
-        if way == "slots":
-            owner = _owner(tuple(ranks), x.device)
-            return functional.linear(shrink(x, a, ids=ids, owner=owner), beside(weight, b), bias)
-        if way == "by runs":
-            y = x.new_empty(len(x), len(weight))
-            for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
-                begun(shrunk(x[rows], a[cols]), b[:, cols], 1.0, bias, out=y[rows])
-            return y.addmm_(x, weight.t())
-        own = _columns(tuple(ranks), x.device)[ids]
-        u = (_gathered(a, own) @ _images(x, ids).mT).mT
-        if way == "expanded":
-            return linear_expand(x, weight, bias, u.flatten(0, 1), b.t(), own)
-        own_b = _gathered(b.t(), own)
-        y = torch.bmm(u, own_b) if bias is None else torch.baddbmm(bias, u, own_b)
-        return y.flatten(0, 1).addmm_(x, weight.t())
+    way, _ = _arrangement(x, weight, ranks, ids)
+    if way == "slots":
+        owner = _owner(tuple(ranks), x.device)
+        return functional.linear(shrink(x, a, ids=ids, owner=owner), beside(weight, b), bias)
+    if way == "by runs":
+        y = x.new_empty(len(x), len(weight))
+        for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
+            begun(shrunk(x[rows], a[cols]), b[:, cols], 1.0, bias, out=y[rows])
+        return y.addmm_(x, weight.t())
+    own = _columns(tuple(ranks), x.device)[ids]
+    u = (_gathered(a, own) @ _images(x, ids).mT).mT
+    if way == "expanded":
+        return linear_expand(x, weight, bias, u.flatten(0, 1), b.t(), own)
+    own_b = _gathered(b.t(), own)
+    y = torch.bmm(u, own_b) if bias is None else torch.baddbmm(bias, u, own_b)
+    return y.flatten(0, 1).addmm_(x, weight.t())
 
 
 @_forward.register_fake
@@ -179,34 +178,33 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, ids: Tensor, ranks: list[int], wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
-    with torch.autocast(x.device.type, enabled=False):
-        dy = dy.contiguous()
-        way, _ = _arrangement(x, weight, ranks, ids)
-        if way != "by runs":
-            own = _columns(tuple(ranks), x.device)[ids]
-            xs, dys = _images(x, ids), _images(dy, ids)
-            own_a, own_b = _gathered(a, own), _gathered(b.t(), own)
-            du = (own_b @ dys.mT).mT
-            dx = None
-            if wanted[0] and way == "expanded":
-                dx = linear_expand(dy, weight.t(), None, du.flatten(0, 1), a, own)
-            elif wanted[0]:
-                dx = torch.bmm(du, own_a).flatten(0, 1).addmm_(dy, weight)
-            da = _summed(du.mT @ xs, own, len(a)) if wanted[1] else None
-            db = _summed((own_a @ xs.mT) @ dys, own, len(a)).t() if wanted[2] else None
-            return given(x, dx, da, db)
-        dx = torch.empty_like(x) if wanted[0] else None
-        da, db = torch.zeros_like(a), b.new_zeros(b.shape[::-1]).t()
-        for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
-            du = grad_shrunk(dy[rows], b[:, cols])
-            if dx is not None:
-                torch.mm(du.t(), a[cols], out=dx[rows])
-            if wanted[1]:
-                da[cols] += thin(du, x[rows])
-            if wanted[2]:
-                db.t()[cols] += grad_b(dy[rows], x[rows], a[cols])
+    dy = dy.contiguous()
+    way, _ = _arrangement(x, weight, ranks, ids)
+    if way != "by runs":
+        own = _columns(tuple(ranks), x.device)[ids]
+        xs, dys = _images(x, ids), _images(dy, ids)
+        own_a, own_b = _gathered(a, own), _gathered(b.t(), own)
+        du = (own_b @ dys.mT).mT
+        dx = None
+        if wanted[0] and way == "expanded":
+            dx = linear_expand(dy, weight.t(), None, du.flatten(0, 1), a, own)
+        elif wanted[0]:
+            dx = torch.bmm(du, own_a).flatten(0, 1).addmm_(dy, weight)
+        da = _summed(du.mT @ xs, own, len(a)) if wanted[1] else None
+        db = _summed((own_a @ xs.mT) @ dys, own, len(a)).t() if wanted[2] else None
+        return given(x, dx, da, db)
+    dx = torch.empty_like(x) if wanted[0] else None
+    da, db = torch.zeros_like(a), b.new_zeros(b.shape[::-1]).t()
+    for rows, cols in _runs(ids, ranks, len(x) // len(ids)):
+        du = grad_shrunk(dy[rows], b[:, cols])
         if dx is not None:
-            dx.addmm_(dy, weight)
+            torch.mm(du.t(), a[cols], out=dx[rows])
+        if wanted[1]:
+            da[cols] += thin(du, x[rows])
+        if wanted[2]:
+            db.t()[cols] += grad_b(dy[rows], x[rows], a[cols])
+    if dx is not None:
+        dx.addmm_(dy, weight)
     return given(x, dx, da if wanted[1] else None, db if wanted[2] else None)
 
 

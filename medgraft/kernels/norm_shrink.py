@@ -234,14 +234,13 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, eps: float, a: Tensor, scale: float, ids: Tensor | None, ranks: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, K), a (R, K) -> H (M, K + R rounded up), mean and rstd (M,) in float32 or wider. `ranks` of the slots, with `ids`."""
-    with torch.autocast(x.device.type, enabled=False):
-        if door(x, _unfit(x, gamma, len(a))).fused:
-            return fused(x, gamma, beta, eps, a, scale, ids, None if ids is None else _owner(tuple(ranks), x.device))
-        wide = _native(x)
-        found = torch.native_layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps)
-        h, mean, rstd = found[0].to(x.dtype), found[1].flatten(), found[2].flatten()
-        u = h @ (a * scale).t()
-        return beside(h, u if ids is None else _kept(u, ids, ranks)), mean, rstd
+    if door(x, _unfit(x, gamma, len(a))).fused:
+        return fused(x, gamma, beta, eps, a, scale, ids, None if ids is None else _owner(tuple(ranks), x.device))
+    wide = _native(x)
+    found = torch.native_layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps)
+    h, mean, rstd = found[0].to(x.dtype), found[1].flatten(), found[2].flatten()
+    u = h @ (a * scale).t()
+    return beside(h, u if ids is None else _kept(u, ids, ranks)), mean, rstd
 
 
 @_forward.register_fake
@@ -268,21 +267,20 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """dx (M, K), dA (R, K); those not wanted are empty."""
-    with torch.autocast(x.device.type, enabled=False):
-        k = x.shape[1]
-        dh, du, _ = d_out.tensor_split((k, k + len(a)), 1)
-        du = du * scale if ids is None else _kept(du, ids, ranks)
-        dx = da = None
-        if wanted[0]:
-            wide = _native(x)
-            dh = torch.addmm(dh, du, a).to(wide)
-            at = mean[:, None], rstd[:, None]
-            dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-                dh, x.to(wide), gamma.shape, *at, gamma.to(wide), None, [True, False, False]
-            )
-            dx = dx.to(x.dtype)
-        if wanted[1]:
-            da = du.t() @ out[:, :k]
+    k = x.shape[1]
+    dh, du, _ = d_out.tensor_split((k, k + len(a)), 1)
+    du = du * scale if ids is None else _kept(du, ids, ranks)
+    dx = da = None
+    if wanted[0]:
+        wide = _native(x)
+        dh = torch.addmm(dh, du, a).to(wide)
+        at = mean[:, None], rstd[:, None]
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dh, x.to(wide), gamma.shape, *at, gamma.to(wide), None, [True, False, False]
+        )
+        dx = dx.to(x.dtype)
+    if wanted[1]:
+        da = du.t() @ out[:, :k]
     return given(x, dx, da, None)[:2]
 
 
@@ -330,8 +328,7 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 @operator("joined_linear")
 def _linear(h: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
     """(M, K + R rounded up) -> (M, N)"""
-    with torch.autocast(h.device.type, enabled=False):
-        return functional.linear(h, beside(weight, b), bias)
+    return functional.linear(h, beside(weight, b), bias)
 
 
 @_linear.register_fake
@@ -342,10 +339,9 @@ def _(h: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
 @operator("joined_linear_backward")
 def _linear_backward(dy: Tensor, h: Tensor, weight: Tensor, b: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
     """dH (M, K + R rounded up), dB (N, R); those not wanted are empty. autograd's own would be as wide as [W | B]."""
-    with torch.autocast(h.device.type, enabled=False):
-        dy, k = dy.contiguous(), weight.shape[1]
-        dh = dy @ beside(weight, b) if wanted[0] else None
-        db = (h[:, k : k + b.shape[1]].t() @ dy).t() if wanted[1] else None
+    dy, k = dy.contiguous(), weight.shape[1]
+    dh = dy @ beside(weight, b) if wanted[0] else None
+    db = (h[:, k : k + b.shape[1]].t() @ dy).t() if wanted[1] else None
     return given(h, dh, db, None)[:2]
 
 

@@ -19,11 +19,22 @@ from torch import Tensor, nn
 
 
 class Operator:
-    """See the top of the file. `plain` is the function; the operator is `torch.ops.medgraft.<name>`. The first argument is a tensor."""
+    """See the top of the file. `plain` is the function; the operator is `torch.ops.medgraft.<name>`.
 
-    def __init__(self, name: str, plain: Callable[..., Any]) -> None:
+    The first argument is a tensor. The function runs in the dtypes that it is given: autocast, where it is on, is left out.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        def plain(first: Tensor, *others: Any) -> Any:
+            device = first.device.type
+            if not torch.is_autocast_enabled(device):  # leaving it out costs more than a small layer
+                return function(first, *others)
+            with torch.autocast(device, enabled=False):
+                return function(first, *others)
+
         self.plain = plain
-        self._defined = torch.library.custom_op(f"medgraft::{name}", plain, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=())
+        self._defined = torch.library.custom_op(f"medgraft::{name}", plain, mutates_args=(), schema=schema)
         self._packet = getattr(torch.ops.medgraft, name).default
         self._eager: type[torch.autograd.Function] | None = None
 

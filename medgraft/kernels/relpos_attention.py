@@ -282,8 +282,7 @@ def _attention(
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     forward = _fused_forward if door(q, _unfit(q, window[1])).fused else plain_forward
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(q, k, v, rh, rw, outside, _frame(grid, window))
+    return forward(q, k, v, rh, rw, outside, _frame(grid, window))
 
 
 @operator("relpos_attention_backward")
@@ -301,8 +300,7 @@ def _attention_backward(
     window: Sequence[int],
 ) -> list[Tensor]:
     backward = _fused_backward if door(q, _unfit(q, window[1])).fused else plain_backward
-    with torch.autocast(q.device.type, enabled=False):
-        found = backward(g, q, k, v, rh, rw, outside, out, lse, _frame(grid, window))
+    found = backward(g, q, k, v, rh, rw, outside, out, lse, _frame(grid, window))
     return [t for t in found if t is not None]
 
 

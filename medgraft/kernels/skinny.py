@@ -14,13 +14,15 @@ import math
 import torch
 from torch import Tensor
 
-PIECES = 8
+PIECES, SMALL = 8, 1 << 18
+"""Pieces of a product, and the numbers read below which cutting it up costs more than it gives."""
 
 
 def thin(few: Tensor, many: Tensor) -> Tensor:
     """(R, L) (L, C) -> (R, C), with R much smaller than L and C."""
     pieces = math.gcd(many.shape[1], PIECES)
-    if few.is_cuda or few.dtype != torch.float32 or pieces == 1 or torch.get_num_threads() == 1:
+    whole = few.is_cuda or few.dtype != torch.float32 or pieces == 1 or many.numel() < SMALL
+    if whole or torch.get_num_threads() == 1:
         return few @ many
     apart = many.unflatten(1, (pieces, -1)).transpose(0, 1)
     return torch.bmm(few.expand(pieces, *few.shape), apart).transpose(0, 1).flatten(1)
