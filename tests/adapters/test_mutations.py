@@ -332,7 +332,7 @@ def try_all(
             continue
         for name, data in files.items():
             (where / name).write_bytes(data)
-        began = time.perf_counter()
+        began = time.process_time()  # a busy machine makes no file dangerous
         try:
             loaded = read_adapter(where)
         except BadAdapter:
@@ -349,8 +349,8 @@ def try_all(
                 judge(original, loaded)
             except BaseException as wrong:
                 raise AssertionError(f"mutation {i} ({kind}) was loaded, and is wrong: {wrong}") from wrong
-        took = time.perf_counter() - began
-        assert took < SECONDS, f"mutation {i} ({kind}) took {took:.1f} s"
+        took = time.process_time() - began
+        assert took < SECONDS, f"mutation {i} ({kind}) took {took:.1f} s of CPU time"
         slowest = max(slowest, took)
     grew = memory("VmHWM") - before
     assert grew < BYTES, f"memory grew by {grew:,} bytes"

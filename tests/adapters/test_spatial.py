@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from monai.networks.blocks import UnetResBlock, UnetrUpBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgraft.adapters import Adapter, Host, LinearHead, LoRA, SpatialAdapter, Tuned
+from medgraft.adapters import Adapter, Host, LinearHead, LoRA, SpatialAdapter, Tuned, store
 from medgraft.adapters.spatial import parts_of_authors
 from medgraft.adapters.store import read_adapter, save_adapter
+from medgraft.adapters.verify import verify
 from medgraft.backbones import Backbone, load_backbone
-from medgraft.errors import BadCall, BadData, MedgraftError, UnknownName
+from medgraft.errors import BadAdapter, BadCall, BadData, MedgraftError, UnknownName
 from tests.helpers import LABELS, ONE, THREE, adapter, close, images, same_bits, says, wake
 
 SITES = {"embedding": (48, 48)}
@@ -133,6 +135,28 @@ def test_a_variance_beyond_half_precision_is_saved(meshnet: Backbone, tmp_path: 
     assert measured
     for name in measured:
         assert torch.equal(again[name], tensors[name])
+
+
+def test_early_files_keep_their_statistics_in_half_precision(
+    meshnet: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read as ever, and only there: a weight of another type than the file's is refused."""
+    made = adapter(meshnet, {"spatial": SpatialAdapter.on(meshnet, ONE, form="paper")})
+    with monkeypatch.context() as early:
+        early.setattr(store, "STATISTICS", ("no tensor's name",))
+        save_adapter(made, tmp_path / "early", dtype="float16", backbone=meshnet)
+    read = read_adapter(tmp_path / "early")
+    for name, t in made.tensors().items():
+        assert torch.equal(read.tensors()[name], t.half().float()), name
+    assert not [v for v in verify(tmp_path / "early", backbone=meshnet) if v.ok is False]
+    save_adapter(made, tmp_path / "wide", dtype="float32")
+    record = json.loads((tmp_path / "wide" / "adapter.json").read_text(encoding="utf-8"))
+    record["dtype"] = "float16"
+    record["sha256"] = store.canonical(record)
+    (tmp_path / "wide" / "adapter.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(BadAdapter) as refused:
+        read_adapter(tmp_path / "wide")
+    says(refused.value, "torch.float32", "torch.float16", "described")
 
 
 def test_it_begins_behind_the_last_stage(meshnet: Backbone, swin_unetr: Backbone) -> None:
