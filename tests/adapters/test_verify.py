@@ -97,9 +97,9 @@ def test_a_backbone_that_cannot_be_had(mine: Path) -> None:
 )
 def test_a_stranger_does_not_choose_our_files_or_our_memory(mine: Path, id: str) -> None:
     change(mine, lambda r: r["backbone"].update(id=id))
-    start = time.perf_counter()
+    start = time.process_time()
     assert by_item(verify(mine))["fingerprint"] is None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_an_adapter_without_a_probe(hf_vit: Backbone, tmp_path: Path) -> None:
