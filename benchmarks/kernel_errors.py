@@ -51,7 +51,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     def apart(x: Tensor, a: Tensor, b: Tensor, w: Tensor, c: Tensor, *norm: Tensor) -> list[Tensor]:
         return [norm_lora_reference(x, *norm, 1e-6, w, c, a, b, 2.0)]
 
-    def neck(f: Any) -> Callable[..., list[Tensor]]:
+    def neck(f: Any, *, norm: bool = False) -> Callable[..., list[Tensor]]:
+        if norm:
+            return lambda x, *t: [f(x, x, *t[:4], norm=(*t[4:], 1e-6))]
         return lambda x, *layers: [f(x, x, *layers)]
 
     def epilogue(t: Tensor, q: Tensor) -> list[Tensor]:
@@ -72,6 +74,14 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield "mixed_lora_linear, 160 columns", ways[0], ways[1], many, [w, c]
     layers = [one(96, k, size=k**-0.5), one(96), one(k, 96, size=0.1), one(k)]
     yield "bottleneck", neck(bottleneck), neck(bottleneck_reference), [x, *layers], []
+    behind = [x, *layers, 1 + one(k, size=0.1), one(k)]
+    yield (
+        "bottleneck behind a LayerNorm",
+        neck(bottleneck, norm=True),
+        neck(bottleneck_reference, norm=True),
+        behind,
+        [],
+    )
     yield "support_epilogue", epilogue, activated, [one(1, 16, 8, 32, 32), one(1, 8, 32, 32)], []
 
 

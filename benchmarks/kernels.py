@@ -216,15 +216,17 @@ def necks(device: torch.device) -> Iterator[Operation]:
     """AdaptFormer's bottleneck and AViT's."""
     dtype, images = (torch.float32, 8) if device.type == "cpu" else (torch.bfloat16, 64)
     make = partial(drawn, device=device, dtype=dtype, grad=True)
-    for middle in (64, 192):
+    for middle, normed in ((64, False), (64, True), (192, False), (192, True)):
         x = make(images, 197, K)
         layers = [make(middle, K, size=K**-0.5), make(middle), make(K, middle, size=middle**-0.5), make(K)]
+        norm = (make(K), make(K), EPS) if normed else None
+        leaves = [x, *layers, *(norm[:2] if norm else ())]
         ways = {
-            "definition": Way(lambda x=x, t=layers: bottleneck_reference(x, x, *t), [x, *layers]),
-            "here": Way(lambda x=x, t=layers: bottleneck(x, x, *t), [x, *layers]),
+            "definition": Way(lambda x=x, t=layers, n=norm: bottleneck_reference(x, x, *t, norm=n), leaves),
+            "here": Way(lambda x=x, t=layers, n=norm: bottleneck(x, x, *t, norm=n), leaves),
         }
         yield Operation(
-            f"bottleneck of {middle}, {images} x 197 x {K}, {_name(dtype)}",
+            f"bottleneck of {middle}{' behind a LayerNorm' if normed else ''}, {images} x 197 x {K}, {_name(dtype)}",
             with_compiled(ways, "definition", device),
             floor=floor(4 * images * 197 * K * middle, 4 * images * 197 * K),
         )

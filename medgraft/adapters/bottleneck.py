@@ -4,10 +4,14 @@
     parallel:    y = branch(x) + s (Wu ReLU(Wd x + bd) + bu)
     form="paper" (sequential): y = Wu GELU(Wd h + bd) + bu, AViT's printed equation, which is not silent at birth
 
-Tensors of a site: `down.weight` (m, C), `down.bias`, `up.weight` (C, m), `up.bias`. Wu and bu start at zero.
+    norm=True: Wd LN(.) for Wd ., a LayerNorm of the adapter's own, in any of them
+
+Tensors of a site: `down.weight` (m, C), `down.bias`, `up.weight` (C, m), `up.bias`; `norm.weight` and `norm.bias` (C,) where there is a
+norm, whose eps is 1e-5. Wu and bu start at zero.
 
 Source: AViT, Du et al. 2023, section 2 and the authors' code (inner skip, zero start, m = C / 4); AdaptFormer, Chen et al. 2022
-(arXiv:2205.13535) section 3.2 (parallel, m = 64, s = 0.1). In models with LayerScale the branch ends before it.
+(arXiv:2205.13535) section 3.2 (parallel, m = 64, s = 0.1), whose code has the norm as an option (`adapter_layernorm_option="in"`, off by
+default). In models with LayerScale the branch ends before it.
 """
 
 from __future__ import annotations
@@ -31,10 +35,11 @@ TARGETS = ("*.attn", "*.mlp")
 
 
 class Pair(nn.Module):
-    """The two projections of one site."""
+    """The two projections of one site, and what normalises in front of them."""
 
-    def __init__(self, width: int, middle: int) -> None:
+    def __init__(self, width: int, middle: int, norm: bool) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(width) if norm else None
         self.down = nn.Linear(width, middle)
         self.up = nn.Linear(middle, width)
 
@@ -53,18 +58,21 @@ class Bottleneck(Part):
         scale: float = 1.0,
         form: str = "code",
         drop_path: float = 0.0,
+        norm: bool = False,
     ) -> None:
         if form not in ("code", "paper") or (parallel and form == "paper"):
             raise BadCall(
                 f"form must be 'code', or 'paper' for a sequential bottleneck; got form={form!r}, parallel={parallel}"
             )
-        super().__init__(sites, middle=middle, parallel=parallel, scale=scale, form=form, drop_path=drop_path)
+        super().__init__(
+            sites, middle=middle, parallel=parallel, scale=scale, form=form, drop_path=drop_path, norm=norm
+        )
         self.parallel, self.scale, self.form = parallel, scale, form
         last = max(len(self.sites) - 1, 1)
         by_depth = sorted(self.sites, key=_numbers)  # a file keeps its sites in another order
         self.drop = {name: drop_path * i / last for i, name in enumerate(by_depth)}
         for name, (_, width) in self.sites.items():
-            pair = Pair(width, middle or width // 4)
+            pair = Pair(width, middle or width // 4, norm)
             if parallel:
                 nn.init.kaiming_uniform_(pair.down.weight, a=5**0.5)
             else:
@@ -111,12 +119,13 @@ class Bottleneck(Part):
 
         def change(h: Tensor) -> Tensor:
             tensors = pair.down.weight, pair.down.bias, pair.up.weight, pair.up.bias
+            norm = None if pair.norm is None else (pair.norm.weight, pair.norm.bias, pair.norm.eps)
             if self.parallel:
-                y = bottleneck(x, h, *tensors, self.scale, relu=True)
+                y = bottleneck(x, h, *tensors, self.scale, relu=True, norm=norm)
             elif self.form == "code":
-                y = bottleneck(h, h, *tensors, self.scale)
+                y = bottleneck(h, h, *tensors, self.scale, norm=norm)
             else:
-                y = bottleneck(h, None, *tensors)
+                y = bottleneck(h, None, *tensors, norm=norm)
             if self.training and rate and not site.folded:
                 return stochastic_depth(y, rate, "row")
             return y

@@ -96,16 +96,16 @@ def _(
 
 @operator("dora_linear_gain")
 def _gain_grad(dy: Tensor, z: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """dc (N,) in the dtype of `like`, of dy and z (M, N)."""
-    wide = like.dtype
+    """dc (N,) in the dtype of `like`, of dy and z (M, N); sums in float32 or wider."""
+    wide = torch.promote_types(like.dtype, torch.float32)
     if dy.is_cuda:
         found = (dy * z).sum(0, dtype=wide)
-        return found if bias is None else found - bias.to(wide) * dy.sum(0, dtype=wide)
-    sums = like.new_zeros(BLOCK, dy.shape[1])
-    shift = like.new_zeros(()) if bias is None else bias.to(wide)
+        return (found if bias is None else found - bias.to(wide) * dy.sum(0, dtype=wide)).to(like.dtype)
+    sums = like.new_zeros(BLOCK, dy.shape[1], dtype=wide)
+    shift = sums.new_zeros(()) if bias is None else bias.to(wide)
     for rows, zs in zip(dy.split(BLOCK), z.split(BLOCK), strict=True):
         sums[: len(rows)].addcmul_(rows.to(wide), zs - shift)
-    return sums.sum(0)
+    return sums.sum(0).to(like.dtype)
 
 
 @_gain_grad.register_fake

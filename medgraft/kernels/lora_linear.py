@@ -117,17 +117,19 @@ def lora_backward(
     """dx (M, K), dA (R, K), dB (N, R); those not wanted are empty."""
     dy = dy.contiguous()
     dx = da = db = None
-    if wanted[0] and lora_path(x, weight, len(a)).fused:
+    fused = wanted[0] and lora_path(x, weight, len(a)).fused
+    if fused:
         dx, du, _ = (dy @ beside(weight, b * scale)).tensor_split((x.shape[1], x.shape[1] + len(a)), 1)
         dx = torch.addmm(dx, du, a)
         du = du.t()
     else:
         du = grad_shrunk(dy, b * scale)
-        dx = torch.mm(du.t(), a).addmm_(dy, weight) if wanted[0] else None
     if wanted[1]:
         da = thin(du, x)
     if wanted[2]:
         db = grad_b(dy, x, a * scale).t()
+    if wanted[0] and not fused:  # behind the others, which read dy too and leave it in the cache
+        dx = torch.mm(du.t(), a).addmm_(dy, weight)
     return given(x, dx, da, db)
 
 

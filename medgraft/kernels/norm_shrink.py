@@ -4,12 +4,10 @@
     [dh | du | .] = dy [W | B | 0],    dB = dy^T u,    dA = s du^T h,    dx = LN'(dh + s du A)    with u = s h A^T
 
 x (M, K) is read from memory once (the second time out of the cache) and H (M, K + R rounded up) is written once; h is kept for the
-gradient as part of H, so with mean and rstd (M,) nothing else is. mean and variance come in one pass, tile by tile, each tile's about its
-own mean, so that a large mean does not cancel. No gradient of W, b, gamma or beta is formed. With an adapter for each image, column j of
-row i is kept where it belongs to the adapter of row i, as in `mixed_lora`.
+gradient as part of H, so with mean and rstd (M,) nothing else is. mean and variance come in one pass, as in `moments`. No gradient of W, b, gamma or beta is formed. With an adapter for
+each image, column j of row i is kept where it belongs to the adapter of row i, as in `mixed_lora`.
 
-Source: Ba et al. 2016 (arXiv:1607.06450); Hu et al. 2021 (arXiv:2106.09685), section 4.1; Chan et al. 1983, The American Statistician 37,
-for joining means and variances.
+Source: Ba et al. 2016 (arXiv:1607.06450); Hu et al. 2021 (arXiv:2106.09685), section 4.1.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from torch.nn import functional
 from .door import Path, architecture, door, jit, launch, tl, triton
 from .lora_linear import flat, given, lora_linear_reference, thawed
 from .mixed_lora import Factors, _owner, _rows_an_image
+from .moments import moments
 from .operators import operator
 from .shrink import LARGEST, beside, half_only, slot, store_columns
 
@@ -142,12 +141,7 @@ def norm_shrink_kernel(
         inside = (m[:, None] < M) & (start + k[None] < K)
         x = tl.load(x_ptr + m[:, None] * X_ROW + start + k[None], mask=inside, other=0.0).to(ACC)
         count = tl.sum((start + k < K).to(ACC), 0)
-        own = tl.sum(x, 1) / count
-        gap = tl.where(inside, x - own[:, None], 0.0)
-        shift = own - mean
-        share = count / (start + count)
-        mean += shift * share
-        spread += tl.sum(gap * gap, 1) + shift * shift * share * start
+        mean, spread = moments(x, inside, start, count, mean, spread)
     rstd = 1 / tl.sqrt(spread / K + eps)
     tl.store(mean_ptr + m, mean, mask=m < M)
     tl.store(rstd_ptr + m, rstd, mask=m < M)

@@ -1,6 +1,8 @@
 """What is particular to the other site parts: bottlenecks, scale-shift, prompt tokens, tuned copies."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medgraft.adapters import Bottleneck, Host, LinearHead, PromptTokens, ScaleShift, Tuned
+from medgraft.adapters.schema import canonical
+from medgraft.adapters.store import read_adapter, save_adapter
 from medgraft.backbones import Backbone
 from medgraft.backbones.sites import Plan, Site, following
 from medgraft.errors import BadCall
@@ -37,6 +41,48 @@ def test_a_bottlenecks_equation(form: str) -> None:
     tupled = part.act((BRANCH,), lambda x: (branch(x), "attention weights"), x)
     assert tupled[1] == "attention weights"
     close("y", tupled[0].detach(), want.detach())
+
+
+@pytest.mark.parametrize("form", ["code", "paper", "parallel"])
+def test_a_bottleneck_with_a_norm_of_its_own(form: str) -> None:
+    """What goes into the first projection is normalised; what the result is added to is not."""
+    options = {"parallel": True, "scale": 0.1} if form == "parallel" else {"form": form}
+    part = wake(Bottleneck({"b": (8, 8)}, middle=3, norm=True, **options), size=0.5)
+    pair, x = part.cell("b"), torch.randn(2, 5, 8)
+    h = branch(x)
+    entered = functional.layer_norm(x if form == "parallel" else h, (8,), pair.norm.weight, pair.norm.bias, 1e-5)
+    down = functional.linear(entered, pair.down.weight, pair.down.bias)
+    up = functional.linear(down.relu() if form == "parallel" else functional.gelu(down), pair.up.weight, pair.up.bias)
+    with torch.no_grad():
+        want = {"code": h + up, "paper": up, "parallel": h + 0.1 * up}[form]
+        close("y", part.act((BRANCH,), branch, x), want)
+
+
+def test_a_bottlenecks_norm_starts_as_none_and_is_learnt_and_kept(vit: Backbone, tmp_path: Path) -> None:
+    part = Bottleneck.on(vit, ONE, norm=True)
+    made = adapter(vit, {"b": part}, awake=False)
+    assert {n.rsplit(".", 2)[1] for n in part.tensors()} == {"down", "up", "norm"}
+    host, x = Host(vit), images(vit)
+    host.add(made, "a")
+    fresh, v = Bottleneck({"b": (8, 8)}, norm=True), torch.randn(2, 5, 8)
+    assert torch.equal(fresh.act((BRANCH,), branch, v), branch(v)), "a fresh one is not silent"
+    wake(part)
+    host(x, adapter="a").square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in part.named_parameters() if "norm" in n)
+    back = read_adapter(save_adapter(made, tmp_path / "a", dtype="float32", backbone=vit))
+    host.add(back, "b")
+    with torch.no_grad():
+        assert torch.equal(host(x, adapter="b"), host(x, adapter="a"))
+
+
+def test_files_from_before_the_norm_are_read(vit: Backbone, tmp_path: Path) -> None:
+    made = adapter(vit, {"b": Bottleneck.on(vit, ONE)})
+    save_adapter(made, tmp_path)
+    record = json.loads((tmp_path / "adapter.json").read_text(encoding="utf-8"))
+    assert record["parts"][0]["config"].pop("norm") is False
+    record["sha256"] = canonical(record)
+    (tmp_path / "adapter.json").write_text(json.dumps(record), encoding="utf-8")
+    assert read_adapter(tmp_path).parts["b"].config["norm"] is False
 
 
 def test_a_bottlenecks_size_and_start() -> None:

@@ -132,20 +132,31 @@ def norm_shrink() -> Cases:
 
 
 def bottleneck() -> Cases:
-    """AdaptFormer's on ViT-B, AViT's on ViT-B and the widest."""
-    from importlib import import_module
-
+    """AdaptFormer's on ViT-B, AViT's on ViT-B and the widest, without and behind a LayerNorm."""
     import torch
 
-    op = import_module("medgraft.kernels.bottleneck")
-    for c, m, dtype in ((768, 64, torch.bfloat16), (384, 96, torch.float16), (768, 192, torch.bfloat16)):
+    from medgraft.kernels.thin_pair import LARGEST, Folded, thin_pair
+
+    mean = torch.empty(8 * 197)
+    for c, m, dtype, relus in (
+        (768, 64, torch.bfloat16, (False, True)),
+        (384, 96, torch.float16, (False, True)),
+        (768, 192, torch.bfloat16, (False, True)),
+        (1280, LARGEST, torch.bfloat16, (False,)),
+    ):
         x, z = torch.empty(8 * 197, c, dtype=dtype), torch.empty(8 * 197, m, dtype=dtype)
         down, up = torch.empty(m, c, dtype=dtype), torch.empty(c, m, dtype=dtype)
-        bias = {"first_bias": torch.empty(m, dtype=dtype), "second_bias": torch.empty(c, dtype=dtype)}
-        for relu in (False, True):
+        bias, c0 = torch.empty(c, dtype=dtype), torch.empty(m)
+        for relu in relus:
             case = f"{c} to {m} {str(dtype).removeprefix('torch.')} {'relu' if relu else 'gelu'}"
-            yield f"{case} forward", partial(op._run, x, down, up.t(), x, 1.0, relu, **bias)
-            yield f"{case} backward", partial(op._run, x, up.t(), down, x, 1.0, relu, z=z)
+            biases = {"first_bias": c0.to(dtype), "second_bias": bias}
+            yield f"{case} forward", partial(thin_pair, x, down, up.t(), x, 1.0, relu, **biases)
+            yield f"{case} backward", partial(thin_pair, x, up.t(), down, x, 1.0, relu, z=z)
+            biases, norm = {"first_bias": c0, "second_bias": bias}, Folded(c0, mean, mean, 1e-5)
+            case += " behind a LayerNorm"
+            yield f"{case} forward", partial(thin_pair, x, down, up.t(), x, 1.0, relu, **biases, norm=norm)
+            back = Folded(c0, mean, mean, x=x)
+            yield f"{case} backward", partial(thin_pair, x, up.t(), down, x, 1.0, relu, first_bias=c0, z=z, norm=back)
 
 
 def support_epilogue() -> Cases:

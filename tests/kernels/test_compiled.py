@@ -14,7 +14,7 @@ from tests.kernels.compiling import LAUNCHES, faults, measured
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-LONG = ["relpos_attention", "linear_expand"]
+LONG = ["relpos_attention", "linear_expand", "bottleneck"]
 """Operations of which only some shapes are compiled every time."""
 
 
@@ -45,6 +45,12 @@ def test_the_product_for_many_adapters_compiles_without_a_spill(arch: int) -> No
     rows = compiled("linear_expand", "of rank 64")[arch]  # the most registers
     assert not wrong(rows)
     assert arch == 80 or all(row["wgmma"] for row in rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("only", ["to 256", "to 64 bfloat16 relu"])
+def test_the_bottleneck_compiles_without_a_spill(only: str, arch: int) -> None:
+    assert not wrong(compiled("bottleneck", only)[arch])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
