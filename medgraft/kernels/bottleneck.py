@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from .door import Path, door
 from .lora_linear import flat
+from .moments import native, wide
 from .operators import operator
 from .shrink import half_only
 from .thin_pair import LARGEST, Folded, thin_pair
@@ -86,15 +87,11 @@ def _f(z: Tensor, relu: bool) -> Tensor:
     return functional.relu(z) if relu else functional.gelu(z)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def folded(down: Tensor, down_bias: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G (m, C) in the dtype of `down`, c1 and c0 (m,) in float32 or wider; see `thin_pair`. c1 is that of G as it was rounded."""
-    wide = _wide(down)
+    dtype = wide(down)
     g = down * gamma
-    return g, g.sum(1, dtype=wide), torch.addmv(down_bias.to(wide), down.to(wide), beta.to(wide))
+    return g, g.sum(1, dtype=dtype), torch.addmv(down_bias.to(dtype), down.to(dtype), beta.to(dtype))
 
 
 # The operator
@@ -117,7 +114,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (M, C), z (M, m), and the norm's mean and rstd (M,), empty without one; with `onto_x` the residual is x."""
     r = x if onto_x else residual
-    mean, rstd = (x.new_empty(len(x) if gamma is not None else 0, dtype=_wide(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(len(x) if gamma is not None else 0, dtype=wide(x)) for _ in range(2))
     if bottleneck_path(x, len(down)).fused:
         norm = None
         if gamma is not None and beta is not None:
@@ -127,8 +124,8 @@ def _forward(
         return *thin_pair(x, down, up.t(), r, scale, relu, **biases, norm=norm), mean, rstd
     h = x
     if gamma is not None and beta is not None:
-        wide = x.dtype if x.is_cuda else _wide(x)  # on a CPU, torch's own wants its statistics in the dtype of x
-        found, mean, rstd = torch.native_layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps)
+        dtype = native(x)
+        found, mean, rstd = torch.native_layer_norm(x.to(dtype), gamma.shape, gamma.to(dtype), beta.to(dtype), eps)
         h, mean, rstd = found.to(x.dtype), mean.flatten(), rstd.flatten()
     z = functional.linear(h, down, down_bias)
     y = functional.linear(_f(z, relu), up, up_bias)
@@ -150,7 +147,7 @@ def _(
     relu: bool,
     onto_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[0] if gamma is not None else 0, dtype=_wide(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[0] if gamma is not None else 0, dtype=wide(x)) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape[0], down.shape[0]), mean, rstd
 
 
@@ -181,10 +178,9 @@ def _backward(
     dz = torch.ops.aten.threshold_backward(df, z, 0) if relu else torch.ops.aten.gelu_backward(df, z)
     if gamma is None:
         return (torch.addmm(dy, dz, down) if onto_x else dz @ down), dz
-    wide = x.dtype if x.is_cuda else _wide(x)
-    at = mean[:, None], rstd[:, None]
+    dtype, at = native(x), (mean[:, None], rstd[:, None])
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        (dz @ down).to(wide), x.to(wide), gamma.shape, *at, gamma.to(wide), None, [True, False, False]
+        (dz @ down).to(dtype), x.to(dtype), gamma.shape, *at, gamma.to(dtype), None, [True, False, False]
     )
     return (dx.add_(dy) if onto_x else dx).to(x.dtype), dz
 

@@ -5,7 +5,20 @@ Source: Chan, Golub and LeVeque 1983, The American Statistician 37, for joining 
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from .door import jit, tl
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of a row's mean and spread: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def native(x: Tensor) -> torch.dtype:
+    """The dtype for torch's own LayerNorm, which on a CPU wants its statistics in that of x."""
+    return x.dtype if x.is_cuda else wide(x)
 
 
 @jit

@@ -21,7 +21,7 @@ from torch.nn import functional
 from .door import Path, architecture, door, jit, launch, tl, triton
 from .lora_linear import flat, given, lora_linear_reference, thawed
 from .mixed_lora import Factors, _owner, _rows_an_image
-from .moments import moments
+from .moments import moments, native, wide
 from .operators import operator
 from .shrink import LARGEST, beside, half_only, slot, store_columns
 
@@ -173,7 +173,7 @@ def fused(
     m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(m, k + slot(len(a)))
-    mean, rstd = (x.new_empty(m, dtype=_wide(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(m, dtype=wide(x)) for _ in range(2))
     if m == 0:
         return out, mean, rstd
     config = CONFIGS[architecture(x)]
@@ -208,15 +208,6 @@ def fused(
 # The operator in front
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _native(x: Tensor) -> torch.dtype:
-    """The dtype for torch's own LayerNorm, which on a CPU wants its statistics in that of x."""
-    return x.dtype if x.is_cuda else _wide(x)
-
-
 def _kept(u: Tensor, ids: Tensor, ranks: list[int]) -> Tensor:
     """u (M, R) where column j belongs to the adapter of row i, else 0."""
     rows = ids.repeat_interleave(len(u) // len(ids))
@@ -230,8 +221,8 @@ def _forward(
     """x (M, K), a (R, K) -> H (M, K + R rounded up), mean and rstd (M,) in float32 or wider. `ranks` of the slots, with `ids`."""
     if door(x, _unfit(x, gamma, len(a))).fused:
         return fused(x, gamma, beta, eps, a, scale, ids, None if ids is None else _owner(tuple(ranks), x.device))
-    wide = _native(x)
-    found = torch.native_layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps)
+    dtype = native(x)
+    found = torch.native_layer_norm(x.to(dtype), gamma.shape, gamma.to(dtype), beta.to(dtype), eps)
     h, mean, rstd = found[0].to(x.dtype), found[1].flatten(), found[2].flatten()
     u = h @ (a * scale).t()
     return beside(h, u if ids is None else _kept(u, ids, ranks)), mean, rstd
@@ -242,7 +233,7 @@ def _(
     x: Tensor, gamma: Tensor, beta: Tensor, eps: float, a: Tensor, scale: float, ids: Tensor | None, ranks: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, k = x.shape
-    mean, rstd = (x.new_empty(m, dtype=_wide(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(m, dtype=wide(x)) for _ in range(2))
     return x.new_empty(m, k + slot(a.shape[0])), mean, rstd
 
 
@@ -266,11 +257,11 @@ def _backward(
     du = du * scale if ids is None else _kept(du, ids, ranks)
     dx = da = None
     if wanted[0]:
-        wide = _native(x)
-        dh = torch.addmm(dh, du, a).to(wide)
+        dtype = native(x)
+        dh = torch.addmm(dh, du, a).to(dtype)
         at = mean[:, None], rstd[:, None]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dh, x.to(wide), gamma.shape, *at, gamma.to(wide), None, [True, False, False]
+            dh, x.to(dtype), gamma.shape, *at, gamma.to(dtype), None, [True, False, False]
         )
         dx = dx.to(x.dtype)
     if wanted[1]:
