@@ -3,11 +3,12 @@
     y = x W^T + b + s (x A^T) B^T
     dx = dy W + s (dy B) A,    dA = s (dy B)^T x,    dB = s dy^T (x A^T)        no gradient of W is formed
 
-Two arrangements of the same function, with u = x A^T; M rows, K columns in, N out, rank R:
-  begun     y = s u B^T + b, then y += x W^T: the library adds the large product to it as it would to b, so nothing passes over y anew
+Three arrangements of the same function, with u = x A^T; M rows, K columns in, N out, rank R:
+  merged    x (W + s B A)^T + b    forward, float32 and float64, where there are so many rows that a pass over W is cheaper than one over y
+  begun     y = s u B^T + b, then y += x W^T: the library adds the large product to it as it would to b
   joined    [x | s u] [W | B]^T + b: one library product on K + R columns, behind the Triton kernel of `shrink`
 
-W + s B A is never formed: it costs a pass over W in every call, and rounded to half precision it would lose the adapter.
+In half precision W + s B A is never formed: rounding it would lose the adapter.
 
 Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
 """
@@ -78,6 +79,22 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def merging_pays(rows: int, weight: Tensor) -> bool:
+    """Whether a pass over W is cheaper than the passes over x and y that it saves. Half precision is never merged.
+
+    Measured on two cores with AVX-512: both cost the same at 800 rows of 768 -> 2304, and at 600 of 768 -> 768.
+    """
+    n, k = weight.shape
+    return weight.dtype in (torch.float32, torch.float64) and rows * (k + 2 * n) > 3 * n * k
+
+
+def changed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y (M, N), merged or begun."""
+    if merging_pays(len(x), weight):
+        return functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+    return begun(shrunk(x, a), b, scale, bias).addmm_(x, weight.t())
+
+
 def begun(u: Tensor, b: Tensor, scale: float, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """s u B^T + b, (M, N), which the large product is added to; written into `out` where given."""
     if bias is None:
@@ -102,7 +119,7 @@ def lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     """(M, K) -> (M, N)"""
     if lora_path(x, weight, len(a)).fused:
         return functional.linear(shrink(x, a, scale), beside(weight, b), bias)
-    return begun(shrunk(x, a), b, scale, bias).addmm_(x, weight.t())
+    return changed(x, weight, bias, a, b, scale)
 
 
 @lora_forward.register_fake

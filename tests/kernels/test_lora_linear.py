@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medgraft.kernels import lora_linear
-from medgraft.kernels.lora_linear import lora_backward, lora_path
+from medgraft.kernels.lora_linear import lora_backward, lora_path, merging_pays
 from medgraft.kernels.shrink import LARGEST, beside, shrink
 from tests.helpers import TOLERANCE, close, says
 from tests.kernels.conftest import INTERPRETED, Device, surrounded
@@ -154,9 +154,22 @@ def test_shrink(rank: int, device: Device) -> None:
 # The arrangement in plain torch
 
 
+@pytest.mark.parametrize("rows", [60, 700])
+def test_merged_and_begun_are_one_function(rows: int) -> None:
+    x, weight, bias, a, b = (
+        torch.randn(s, dtype=torch.float64) for s in ((rows, 64), (96, 64), (96,), (4, 64), (96, 4))
+    )
+    assert merging_pays(rows, weight) == (rows == 700)
+    for added in (bias, None):
+        close("y", lora_linear(x, weight, added, a, b, 0.5), low_rank(x, weight, added, a, b, 0.5))
+    fresh = lora_linear(x, weight, bias, a, torch.zeros_like(b), 0.5)
+    assert torch.equal(fresh, functional.linear(x, weight, bias))
+
+
 def test_half_precision_keeps_what_a_merged_weight_would_lose() -> None:
     """s B A is below the last digit of W: rounded together they are W, and the whole adapter would be gone."""
     x, weight = torch.randn(4000, 16).bfloat16(), torch.ones(16, 16).bfloat16()
+    assert not merging_pays(len(x), weight)
     a, b = torch.randn(2, 16).bfloat16(), (torch.randn(16, 2) * 1e-4).bfloat16()
     assert torch.equal((weight.double() + b.double() @ a.double()).bfloat16(), weight)
     want = low_rank(*(t.double() for t in (x, torch.zeros_like(weight))), None, a.double(), b.double(), 1.0)
