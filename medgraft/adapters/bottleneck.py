@@ -64,6 +64,8 @@ class Bottleneck(Part):
             raise BadCall(
                 f"form must be 'code', or 'paper' for a sequential bottleneck; got form={form!r}, parallel={parallel}"
             )
+        if not isinstance(norm, bool):  # "none" would count as yes
+            raise BadCall(f"norm must be True (a LayerNorm of its own in front) or False (none); got {norm!r}")
         super().__init__(
             sites, middle=middle, parallel=parallel, scale=scale, form=form, drop_path=drop_path, norm=norm
         )

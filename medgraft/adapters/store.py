@@ -285,9 +285,8 @@ def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: str
     for name, t in wanted.items():
         other = found[name]
         stored = stored_as(name, t, dtype)
-        early = (
-            name.endswith(STATISTICS) and other.dtype == DTYPES[dtype]
-        )  # the first files kept statistics like weights
+        # The first files kept statistics like weights.
+        early = name.endswith(STATISTICS) and other.dtype == DTYPES[dtype]
         if other.shape != t.shape or (other.dtype != stored and not early):
             raise BadAdapter(
                 f"tensor {name} is {tuple(other.shape)} {other.dtype}, {tuple(t.shape)} {stored} is described"

@@ -85,6 +85,14 @@ def test_files_from_before_the_norm_are_read(vit: Backbone, tmp_path: Path) -> N
     assert read_adapter(tmp_path).parts["b"].config["norm"] is False
 
 
+@pytest.mark.parametrize("norm", ["none", "in", 1, None], ids=str)
+def test_a_norm_is_there_or_not(norm: object) -> None:
+    """AdaptFormer's own words for it are strings, and "none" is true as any."""
+    with pytest.raises(BadCall) as refused:
+        Bottleneck({"b": (8, 8)}, norm=norm)
+    says(refused.value, "norm", "True", "False", repr(norm))
+
+
 def test_a_bottlenecks_size_and_start() -> None:
     part = Bottleneck({"b": (192, 192)})
     assert {n: tuple(t.shape) for n, t in part.tensors().items()} == {

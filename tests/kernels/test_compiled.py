@@ -48,7 +48,7 @@ def test_the_product_for_many_adapters_compiles_without_a_spill(arch: int) -> No
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("only", ["to 256", "to 64 bfloat16 relu"])
+@pytest.mark.parametrize("only", ["to 256", "to 96 float16 relu", "to 64 bfloat16 relu"])  # an entry of the table each
 def test_the_bottleneck_compiles_without_a_spill(only: str, arch: int) -> None:
     assert not wrong(compiled("bottleneck", only)[arch])
 

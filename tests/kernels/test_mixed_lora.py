@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medgraft.errors import BadCall
 from medgraft.kernels import mixed_lora_linear
-from medgraft.kernels.mixed_lora import mixed_lora_path
+from medgraft.kernels.mixed_lora import LONG, by_runs, mixed_lora_path
 from tests.helpers import TOLERANCE, close, says
 from tests.kernels.conftest import INTERPRETED, Device, surrounded
 
@@ -209,17 +209,30 @@ def test_autocast() -> None:
 def test_long_runs_and_gathered_images_are_one_function(ids: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does without the kernel, and what a CPU does with long runs."""
     x, weight, bias, factors = draw((4, 9), dtype=torch.float64)
-    slots, found, seen = torch.tensor(IDS[ids]), [], []
-    mixed = module("medgraft.kernels.mixed_lora")
-    by_runs = mixed.by_runs
-    for long in (1, 10**6):
-        monkeypatch.setattr(mixed, "LONG", long)
-        monkeypatch.setattr(mixed, "by_runs", lambda *of: seen.append(by_runs(*of)) or seen[-1])
+    slots, found, asked = torch.tensor(IDS[ids]), [], []
+    for runs in (True, False):
+
+        def answer(*of: Tensor, runs: bool = runs) -> bool:
+            asked.append(runs)
+            return runs
+
+        monkeypatch.setattr(module("medgraft.kernels.mixed_lora"), "by_runs", answer)
         y = mixed_lora_linear(x, weight, bias, factors, slots)
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves_of(x, factors))])
         assert mixed_lora_linear(x[:, :0], weight, bias, factors, slots).shape == (4, 0, N)
-    assert (slots < 0).all() or {seen[0], seen[-1]} == {True, False}
+    assert asked == [True] * 3 + [False] * 3
     close("gathered", found[1], found[0], 1e-12)
+
+
+def test_runs_are_gone_through_where_they_are_long() -> None:
+    """Those without an adapter cost nothing and do not count."""
+    for ids, rows, want in (
+        ([0, 1], LONG, True),
+        ([0, 1], LONG - 1, False),
+        ([0, -1], LONG // 2, True),
+        ([-1], 1, True),
+    ):
+        assert by_runs(torch.zeros(len(ids) * rows, 3), torch.tensor(ids)) == want
 
 
 # The operator
